@@ -1,0 +1,76 @@
+"""Which approximation a propagation uses, as one frozen value that the rules read.
+
+Where approximations differ, the rule of the operation reads a field of this value; no rule is
+written twice. The value travels with the tensors of one propagation and nothing is global.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
+
+from bayespass.errors import InvalidInput
+
+Activation = Literal["moments", "linear"]
+Norm = Literal["expected", "delta", "at_mean"]
+Scores = Literal["at_mean"]
+
+
+@dataclass(frozen=True)
+class Approximation:
+    """How mean and variance pass through the operations that have no exact rule.
+
+    Args:
+        name: the word that results and tables use.
+        activation: `"moments"` matches the mean and variance of the activation of a Gaussian;
+            `"linear"` linearises at the mean, `f(m)` and `f'(m)^2 v`.
+        norm: statistics of layer norm. `"expected"` puts the expected sample variance in the
+            denominator; `"delta"` adds the first-order effect of every entry on the statistics;
+            `"at_mean"` takes the statistics of the mean as constants.
+        scores: attention scores. `"at_mean"` ignores the variance of queries and keys, so the
+            attention weights are those of the mean and only values carry variance.
+
+    Raises:
+        InvalidInput: a field has a value outside its list.
+    """
+
+    name: str
+    activation: Activation = "moments"
+    norm: Norm = "expected"
+    scores: Scores = "at_mean"
+
+    def __post_init__(self) -> None:
+        choices = {"activation": Activation, "norm": Norm, "scores": Scores}
+        for field in fields(self):
+            if field.name in choices and getattr(self, field.name) not in get_args(choices[field.name]):
+                allowed = ", ".join(repr(value) for value in get_args(choices[field.name]))
+                msg = f"Approximation.{field.name} must be one of {allowed}; got {getattr(self, field.name)!r}"
+                raise InvalidInput(msg)
+
+    @property
+    def drops(self) -> tuple[str, ...]:
+        """What this approximation leaves out by design, in words for notes and reports."""
+        return ("variance of attention scores (queries and keys at their mean)",) if self.scores == "at_mean" else ()
+
+
+STREAMLINED = Approximation("streamlined", activation="linear", norm="at_mean", scores="at_mean")
+"""Local linearisation and local Gaussians (Li et al. 2024, arXiv 2411.18425), frozen as a baseline."""
+
+CVP = Approximation("cvp", activation="moments", norm="expected", scores="at_mean")
+"""Calibrated variance propagation (Wieczorek et al. 2026, arXiv 2606.16214) as we read it: matched
+moments, norm statistics at their expectation, value variance through squared attention weights.
+Frozen as the baseline of every later table."""
+
+NAMED = {approximation.name: approximation for approximation in (STREAMLINED, CVP)}
+
+
+def named_approximation(approximation: "Approximation | str") -> Approximation:
+    """The approximation of that name, or the value itself.
+
+    Raises:
+        InvalidInput: no approximation has this name.
+    """
+    if isinstance(approximation, Approximation):
+        return approximation
+    if approximation not in NAMED:
+        msg = f"approximation must be an Approximation or one of {', '.join(map(repr, NAMED))}; got {approximation!r}"
+        raise InvalidInput(msg)
+    return NAMED[approximation]

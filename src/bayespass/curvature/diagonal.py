@@ -1,0 +1,125 @@
+"""Diagonal curvature from per-example gradients, exact and matrix-free.
+
+For a categorical likelihood the generalised Gauss-Newton matrix equals the Fisher matrix, so its
+diagonal is sum_n sum_c p(c | x_n) (d log p(c | x_n) / d theta)^2; for a Gaussian one it is
+sum_n sum_o (d f_o(x_n) / d theta)^2 / sigma^2. The empirical Fisher uses the observed target.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.utils import _pytree as pytree
+
+from bayespass.batches import call_arguments, device_of, labelled_batches, model_output
+from bayespass.errors import InvalidInput
+from bayespass.likelihood import Likelihood, check_targets, negative_log_likelihood
+from bayespass.progress import track
+
+Curvature = Literal["ggn", "ef"]
+Parameters = dict[str, Tensor]
+
+
+def diagonal_curvature(
+    model: nn.Module,
+    loader: Iterable[Any],
+    names: tuple[str, ...],
+    likelihood: Likelihood,
+    sigma_noise: float | None = None,
+    curvature: Curvature = "ggn",
+    chunk_size: int = 32,
+    progress: bool = False,
+) -> tuple[Parameters, float, int]:
+    """Diagonal of the curvature of the negative log-likelihood, summed over the data.
+
+    Args:
+        model: in eval mode; rows of a batch must not interact.
+        loader: yields (inputs, targets).
+        names: parameters to differentiate.
+        likelihood: "classification" or "regression".
+        sigma_noise: sd of the observation noise, for regression.
+        curvature: "ggn" (exact, one backward pass per class or output) or "ef" (empirical Fisher).
+        chunk_size: rows whose gradients are held at once.
+        progress: show a progress bar.
+
+    Returns:
+        curvature by parameter name (float32, without prior), the summed negative log-likelihood
+        in nats, and the number of rows N.
+
+    Raises:
+        InvalidInput: an unknown curvature, an empty loader, or targets that do not fit.
+    """
+    if curvature not in ("ggn", "ef"):
+        msg = f"curvature must be 'ggn' or 'ef'; got {curvature!r}"
+        raise InvalidInput(msg)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    random = {name: parameters[name].detach() for name in names}
+    rest = {n: p.detach() for n, p in parameters.items() if n not in random} | dict(model.named_buffers())
+    totals = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in random.items()}
+    loss, n_data = 0.0, 0
+
+    def outputs(theta: Parameters, row: Any) -> Tensor:
+        args, kwargs = call_arguments(pytree.tree_map(lambda t: t.unsqueeze(0) if isinstance(t, Tensor) else t, row))
+        return model_output(functional_call(model, (theta, rest), args, kwargs)).squeeze(0)
+
+    squares = _square_gradients(outputs, likelihood, sigma_noise, curvature)
+    with torch.no_grad():
+        for inputs, targets in track(labelled_batches(loader, device_of(model)), "curvature", show=progress):
+            args, kwargs = call_arguments(inputs)
+            batch_outputs = model_output(model(*args, **kwargs))
+            check_targets(batch_outputs, targets, likelihood)
+            loss += float(negative_log_likelihood(batch_outputs, targets, likelihood, sigma_noise))
+            n_data += len(targets)
+            for rows, row_targets in _chunks(inputs, targets, chunk_size):
+                for name, value in squares(random, rows, row_targets).items():
+                    totals[name] += value.float()
+    return totals, loss, n_data
+
+
+def _square_gradients(
+    outputs: Callable[[Parameters, Any], Tensor],
+    likelihood: Likelihood,
+    sigma_noise: float | None,
+    curvature: Curvature,
+) -> Callable[[Parameters, Any, Tensor], Parameters]:
+    """A function of (parameters, rows, targets) that returns the chunk's summed squared gradients."""
+
+    def observed(theta: Parameters, row: Any, target: Tensor) -> Parameters:
+        def loss(value: Parameters) -> Tensor:
+            return negative_log_likelihood(
+                outputs(value, row).unsqueeze(0), target.unsqueeze(0), likelihood, sigma_noise
+            )
+
+        return {name: g.square() for name, g in grad(loss)(theta).items()}
+
+    def expected(theta: Parameters, row: Any, target: Tensor) -> Parameters:  # noqa: ARG001
+        def per_output(index: Tensor, weight: Tensor) -> Parameters:
+            def one(value: Parameters) -> Tensor:
+                out = outputs(value, row)
+                score = torch.log_softmax(out, -1) if likelihood == "classification" else out / (sigma_noise or 1.0)
+                return score.flatten()[index]
+
+            return {name: weight * g.square() for name, g in grad(one)(theta).items()}
+
+        out = outputs(theta, row)
+        weights = torch.softmax(out, -1).flatten() if likelihood == "classification" else torch.ones_like(out).flatten()
+        each = vmap(per_output, chunk_size=1 if weights.numel() > 64 else None)(
+            torch.arange(weights.numel(), device=out.device), weights
+        )
+        return {name: value.sum(0) for name, value in each.items()}
+
+    single = observed if curvature == "ef" else expected
+
+    def summed(theta: Parameters, rows: Any, targets: Tensor) -> Parameters:
+        each = vmap(single, in_dims=(None, 0, 0))(theta, rows, targets)
+        return {name: value.sum(0) for name, value in each.items()}
+
+    return summed
+
+
+def _chunks(inputs: Any, targets: Tensor, size: int) -> Iterable[tuple[Any, Tensor]]:
+    for start in range(0, len(targets), size):
+        rows = slice(start, start + size)
+        yield pytree.tree_map(lambda t, rows=rows: t[rows] if isinstance(t, Tensor) else t, inputs), targets[rows]

@@ -1,0 +1,308 @@
+"""Several predictors of one posterior, on one data set, in one run.
+
+Quality (does the posterior predict well?) and faithfulness (does the predictor match Monte Carlo?)
+stand side by side but apart, and every cost is a ratio to the deterministic forward of the same
+model on the same batch.
+"""
+
+import re
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bayespass.approximation import NAMED
+from bayespass.batches import call_arguments, device_of, labelled_batches
+from bayespass.errors import InvalidInput
+from bayespass.evaluate.agreement import Agreement, agreement
+from bayespass.evaluate.scores import Scores, bootstrap, evaluate
+from bayespass.evaluate.selective import risk_coverage_curve
+from bayespass.posterior.base import Posterior
+from bayespass.predict.propagation import SinglePass
+from bayespass.predict.sampling import MeanNetwork, MonteCarlo, prediction_from_draws
+from bayespass.prediction import ClassificationPrediction, Prediction, concatenate
+from bayespass.progress import track
+
+DEFAULT_PREDICTORS = ("map", "mc4", "mc16", "mc64", "streamlined", "cvp")
+UNCALIBRATED = "_uncalibrated"
+MAX_DRAWS_BYTES = 4 * 2**30
+
+
+@dataclass(frozen=True)
+class ComparisonRow:
+    """One predictor.
+
+    Args:
+        predictor: its name.
+        prediction: on all rows; for `mcS` of the first group of draws.
+        scores: quality, with standard errors over rows; for `mcS` means over groups of draws.
+        draw_errors: standard errors of the same figures from the finite number of draws.
+        agreement: faithfulness to the Monte-Carlo reference; None for the reference itself.
+        gap_closed: share of the MAP to Monte-Carlo gap that it closes (AURC, or NLL for regression).
+        gap_closed_error: its standard error, by paired bootstrap over rows.
+        cost_ratio: seconds relative to the deterministic forward, same batch and threads.
+    """
+
+    predictor: str
+    prediction: Prediction
+    scores: Scores
+    draw_errors: dict[str, float]
+    agreement: Agreement | None
+    gap_closed: float
+    gap_closed_error: float
+    cost_ratio: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All predictors on one data set.
+
+    Args:
+        rows: one per predictor, the Monte-Carlo reference last.
+        targets: (N,) what was to be predicted.
+        n_reference: draws of the reference.
+        gap_metric: "aurc" or "nll".
+        gap: MAP minus Monte Carlo of that metric; positive where averaging helps.
+        gap_interval: its 95 % paired-bootstrap interval.
+        forward_seconds: the deterministic forward of one batch.
+        batch_rows: rows in that batch.
+    """
+
+    rows: tuple[ComparisonRow, ...]
+    targets: Tensor
+    n_reference: int
+    gap_metric: str
+    gap: float
+    gap_interval: tuple[float, float]
+    forward_seconds: float
+    batch_rows: int
+
+    def row(self, predictor: str) -> ComparisonRow:
+        """The row of this predictor.
+
+        Args:
+            predictor: its name, as given to `compare`.
+
+        Raises:
+            InvalidInput: it was not compared.
+        """
+        for row in self.rows:
+            if row.predictor == predictor:
+                return row
+        msg = f"{predictor!r} was not compared; there are {', '.join(r.predictor for r in self.rows)}"
+        raise InvalidInput(msg)
+
+
+def compare(
+    model: nn.Module,
+    posterior: Posterior,
+    loader: Iterable[Any],
+    predictors: Sequence[str] = DEFAULT_PREDICTORS,
+    scales: Mapping[str, Mapping[str, float]] | None = None,
+    n_reference: int = 200,
+    n_bootstrap: int = 200,
+    seed: int = 0,
+    progress: bool = False,
+) -> Comparison:
+    """Compare predictors of one posterior on labelled data.
+
+    Args:
+        model: in eval mode.
+        posterior: over any subset of its parameters.
+        loader: yields (inputs, targets).
+        predictors: "map", "mcS" for S draws, an approximation's name ("streamlined", "cvp"; with
+            its scales if given), or that name with "_uncalibrated" for the same without scales.
+        scales: fitted `VarianceScales` by approximation name.
+        n_reference: draws of the Monte-Carlo reference. `mcS` rows are means over its disjoint
+            groups of S draws, which flatters S close to `n_reference` a little.
+        n_bootstrap: resamples of rows for standard errors.
+        seed: of draws and resamples.
+        progress: show a progress bar.
+
+    Raises:
+        InvalidInput: an unknown predictor, an empty loader, or draws beyond 4 GiB.
+    """
+    specs = [_parse(name, n_reference) for name in predictors]
+    batches = list(labelled_batches(loader, device_of(model)))
+    targets = torch.cat([target for _, target in batches])
+    reference = MonteCarlo(model, posterior, n_reference, seed)
+    mean_network = MeanNetwork(model, posterior)
+    with torch.inference_mode():
+        draws = _draws(reference, batches, progress)  # (S, N, ...)
+        at_mean = _predict(mean_network, batches)
+        truth = prediction_from_draws(draws, posterior.info, n_reference)
+        made: list[tuple[str, nn.Module, list[Prediction]]] = []
+        for name, (kind, argument) in zip(predictors, specs, strict=True):
+            if kind == "map":
+                made.append((name, mean_network, [at_mean]))
+            elif kind == "mc":
+                groups = draws[: n_reference // argument * argument].split(argument)
+                found = [prediction_from_draws(group, posterior.info, argument) for group in groups]
+                made.append((name, MonteCarlo(model, posterior, argument, seed), found))
+            else:
+                own = None if name.endswith(UNCALIBRATED) else (scales or {}).get(argument)
+                single = SinglePass(model, posterior, argument, own)
+                made.append((name, single, [_predict(single, batches)]))
+        made.append((f"mc{n_reference}", reference, [truth]))
+        gap = _Gap(at_mean, truth, targets, n_bootstrap, seed)
+        forward, costs = _costs(mean_network, [module for _, module, _ in made], batches[0][0])
+    rows = []
+    blocks = draws.split(max(1, n_reference // 10))
+    for (name, _, found), cost in zip(track(made, "scores", show=progress), costs, strict=True):
+        each = [evaluate(prediction, targets, n_bootstrap if i == 0 else 1, seed) for i, prediction in enumerate(found)]
+        scores, draw_errors = _over_groups(each)
+        if found[0] is truth:
+            draw_errors = _jackknife(blocks, draws, posterior, targets)
+        closed, closed_error = gap.closed(found)
+        faithful = None if found[0] is truth else agreement(found[0], truth, n_bootstrap, seed)
+        rows.append(ComparisonRow(name, found[0], scores, draw_errors, faithful, closed, closed_error, cost))
+    return Comparison(
+        tuple(rows), targets.cpu(), n_reference, gap.metric, gap.value, gap.interval, forward, len(batches[0][1])
+    )
+
+
+def _parse(name: str, n_reference: int) -> tuple[str, Any]:
+    if name == "map":
+        return "map", None
+    draws = re.fullmatch(r"mc(\d+)", name)
+    if draws and 2 <= int(draws[1]) <= n_reference:
+        return "mc", int(draws[1])
+    base = name.removesuffix(UNCALIBRATED)
+    if base in NAMED:
+        return "single", base
+    msg = (
+        f"unknown predictor {name!r}; use 'map', 'mcS' with 2 <= S <= n_reference ({n_reference}), or one of "
+        f"{', '.join(map(repr, NAMED))}, each also with {UNCALIBRATED!r}"
+    )
+    raise InvalidInput(msg)
+
+
+def _predict(predictor: nn.Module, batches: list[tuple[Any, Tensor]]) -> Prediction:
+    predictions = []
+    for inputs, _ in batches:
+        args, kwargs = call_arguments(inputs)
+        predictions.append(predictor(*args, **kwargs))
+    return concatenate(predictions)
+
+
+def _draws(reference: MonteCarlo, batches: list[tuple[Any, Tensor]], progress: bool) -> Tensor:
+    parts, size = [], 0
+    for inputs, _ in track(batches, "Monte Carlo", show=progress):
+        args, kwargs = call_arguments(inputs)
+        parts.append(torch.stack(list(reference.outputs(*args, **kwargs))))
+        size += parts[-1].nbytes
+        if size > MAX_DRAWS_BYTES:
+            msg = (
+                f"the outputs of {reference.n_samples} draws need more than {MAX_DRAWS_BYTES / 2**30:.0f} GiB; "
+                f"compare on fewer rows or lower n_reference"
+            )
+            raise InvalidInput(msg)
+    return torch.cat(parts, dim=1)
+
+
+def _over_groups(each: list[Scores]) -> tuple[Scores, dict[str, float]]:
+    """Means over groups of draws, and their standard errors from the spread over groups."""
+    if len(each) == 1:
+        return each[0], {}
+    scores, errors = {}, {}
+    for name, first in each[0].items():
+        values = np.array([scores_of_group[name].value for scores_of_group in each])
+        scores[name] = type(first)(float(values.mean()), first.standard_error)
+        errors[name] = float(values.std(ddof=1) / np.sqrt(len(values)))
+    return scores, errors
+
+
+def _jackknife(
+    blocks: tuple[Tensor, ...], draws: Tensor, posterior: Posterior, targets: Tensor
+) -> dict[str, float]:
+    """Standard errors of the reference's figures from leaving out one block of draws at a time."""
+    size, n = len(blocks[0]), len(blocks)
+    left_out = []
+    for index in range(n):
+        kept = torch.cat([draws[: index * size], draws[(index + 1) * size :]])
+        left_out.append(evaluate(prediction_from_draws(kept, posterior.info, len(kept)), targets, 1))
+    spread = {name: np.array([scores[name].value for scores in left_out]) for name in left_out[0]}
+    return {name: float(np.sqrt((n - 1) / n * ((v - v.mean()) ** 2).sum())) for name, v in spread.items()}
+
+
+class _Gap:
+    """The MAP to Monte-Carlo gap of one metric, on all rows and on paired resamples."""
+
+    def __init__(
+        self, at_mean: Prediction, truth: Prediction, targets: Tensor, n_bootstrap: int, seed: int
+    ) -> None:
+        self.metric = "aurc" if isinstance(truth, ClassificationPrediction) else "nll"
+        self._targets = targets.cpu()
+        self._n, self._n_bootstrap, self._seed = len(targets), n_bootstrap, seed
+        self._map, self._truth = self._losses(at_mean), self._losses(truth)
+        found = bootstrap(self._difference, self._n, n_bootstrap, seed)
+        self.value = found["gap"].value
+        rng = np.random.default_rng(seed)
+        resampled = [self._difference(rng.integers(0, self._n, self._n))["gap"] for _ in range(max(2, n_bootstrap))]
+        low, high = np.quantile(resampled, [0.025, 0.975])
+        self.interval = (float(low), float(high))
+
+    def _losses(self, prediction: Prediction) -> Any:
+        """Per-row values from which the metric of any subset of rows follows."""
+        if isinstance(prediction, ClassificationPrediction):
+            flat = prediction.probs.detach().cpu().double().flatten(0, -2)
+            return flat.amax(-1).numpy(), (flat.argmax(-1) != self._targets.flatten()).numpy()
+        from bayespass.evaluate.proper_scores import log_scores
+
+        return log_scores(prediction, self._targets).flatten(1).mean(1).numpy()
+
+    def _metric(self, losses: Any, rows: np.ndarray) -> float:
+        if self.metric == "nll":
+            return float(losses[rows].mean())
+        confidence, wrong = losses
+        return risk_coverage_curve(confidence[rows], wrong[rows]).aurc
+
+    def _difference(self, rows: np.ndarray) -> dict[str, float]:
+        return {"gap": self._metric(self._map, rows) - self._metric(self._truth, rows)}
+
+    def closed(self, predictions: list[Prediction]) -> tuple[float, float]:
+        """Mean share of the gap that the predictions close, and its standard error over rows."""
+        each = [self._losses(prediction) for prediction in predictions]
+
+        def closed_on(rows: np.ndarray, losses: list[Any]) -> float:
+            at_mean, truth = self._metric(self._map, rows), self._metric(self._truth, rows)
+            found = float(np.mean([self._metric(loss, rows) for loss in losses]))
+            return (at_mean - found) / (at_mean - truth) if at_mean != truth else float("nan")
+
+        value = closed_on(np.arange(self._n), each)
+        error = bootstrap(lambda rows: {"closed": closed_on(rows, each[:1])}, self._n, self._n_bootstrap, self._seed)
+        return value, error["closed"].standard_error
+
+
+def _costs(mean_network: MeanNetwork, predictors: list[nn.Module], inputs: Any) -> tuple[float, list[float]]:
+    """Seconds of the deterministic forward, and every predictor's seconds relative to it.
+
+    Candidate and reference alternate, so that load on the machine hits both; the best of each counts.
+    """
+    args, kwargs = call_arguments(inputs)
+    deterministic = mean_network.model
+
+    def seconds(module: nn.Module) -> float:
+        start = time.perf_counter()
+        module(*args, **kwargs)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    seconds(deterministic)
+    forward = [seconds(deterministic) for _ in range(5)]
+    ratios = []
+    for predictor in predictors:
+        draws = getattr(predictor, "n_samples", 1)
+        repeats = 1 if draws > 32 else 5
+        if repeats > 1:
+            seconds(predictor)
+        pairs = [(seconds(deterministic), seconds(predictor)) for _ in range(repeats)]
+        forward += [pair[0] for pair in pairs]
+        ratios.append(min(pair[1] for pair in pairs))
+    best = min(forward)
+    return best, [value / best for value in ratios]

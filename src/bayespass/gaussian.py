@@ -1,0 +1,190 @@
+"""GaussianTensor: mean and variance travelling together through unmodified PyTorch code.
+
+A wrapper subclass of `torch.Tensor` around one `Moments`. Every torch function that meets it is
+looked up in the registry; the rule sees `Moments`, never the wrapper. The type exists only inside
+one propagation: users handle posteriors and predictions.
+
+An operation without a rule raises; attributes that would hand out the mean alone raise too, so
+variance is never dropped in silence.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bayespass.approximation import Approximation
+from bayespass.errors import UnsupportedOp
+from bayespass.moments import Moments
+from bayespass.rules.registry import in_place_operations, operation_name, rules
+
+# Reads of metadata, the same for the mean and for the pair.
+_METADATA_METHODS = (
+    "size stride storage_offset dim ndimension numel nelement element_size is_floating_point is_complex is_signed "
+    "is_contiguous is_inference is_conj is_neg _is_view _is_zerotensor get_device __len__ __hash__ has_names is_same_size is_pinned dim_order"
+).split()
+_METADATA_ATTRIBUTES = (
+    "shape dtype device ndim layout requires_grad is_leaf grad_fn is_cuda is_cpu is_sparse is_sparse_csr is_quantized "
+    "is_nested is_meta is_mps is_xpu is_mkldnn names itemsize nbytes is_vulkan is_mtia is_ipu is_xla is_maia "
+    "_version _base _backward_hooks output_nr retains_grad grad _has_symbolic_sizes_strides"
+).split()
+
+
+def _metadata() -> frozenset[Callable[..., Any]]:
+    methods = [getattr(Tensor, name) for name in _METADATA_METHODS if hasattr(Tensor, name)]
+    getters = [getattr(Tensor, name).__get__ for name in _METADATA_ATTRIBUTES if hasattr(Tensor, name)]
+    return frozenset([*methods, *getters, torch.is_floating_point, torch.is_complex, torch.numel])
+
+
+METADATA = _metadata()
+
+
+Found = list[tuple["GaussianTensor", Moments]]
+
+
+class GaussianTensor(Tensor):
+    """One `Moments` seen as a tensor, with the approximation of the propagation it belongs to."""
+
+    # The fields are attributes of their own because that is what torch.compile can trace.
+    gaussian_mean: Tensor
+    gaussian_var: Tensor | None
+    gaussian_shared: Tensor | None
+    gaussian_scores: Tensor | None
+    approximation: Approximation
+
+    @staticmethod
+    def __new__(cls, moments: Moments, approximation: Approximation) -> "GaussianTensor":
+        mean = moments.mean
+        wrapper = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, mean.shape, strides=mean.stride(), dtype=mean.dtype, device=mean.device, layout=mean.layout
+        )
+        wrapper.approximation = approximation
+        wrapper.store(moments)
+        return wrapper
+
+    def __init__(self, moments: Moments, approximation: Approximation) -> None:
+        super().__init__()
+
+    def store(self, moments: Moments) -> None:
+        """Take new moments, as an in-place operation does."""
+        self.gaussian_mean, self.gaussian_var = moments.mean, moments.var
+        self.gaussian_shared, self.gaussian_scores = moments.shared, moments.scores
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        return f"GaussianTensor(shape={tuple(self.shape)}, dtype={self.dtype}, {self.approximation.name})"
+
+    @classmethod
+    def __torch_function__(cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in METADATA:
+            return super().__torch_function__(func, types, args, kwargs)
+        target = in_place_operations().get(func, func)
+        stores = target is not func or kwargs.pop("inplace", False)
+        gaussians: Found = []
+        arguments = [unwrap(value, gaussians) for value in args]
+        keywords = {name: unwrap(value, gaussians) for name, value in kwargs.items()}
+        approximation = _the_approximation(gaussians)
+        result = call_rule(target, arguments, keywords, approximation)
+        if not stores:
+            return wrap(result, approximation)
+        if not isinstance(args[0], GaussianTensor):
+            msg = (
+                f"{operation_name(func)} would store a Gaussian result in a plain tensor and drop its variance; "
+                f"write it out of place (x = x + y) in the model"
+            )
+            raise UnsupportedOp(msg)
+        args[0].store(result)
+        return args[0]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        msg = f"{func} reached a GaussianTensor below the level where rules apply; its variance would be lost"
+        raise UnsupportedOp(msg)
+
+    def __tensor_flatten__(self) -> tuple[list[str], Approximation]:
+        names = ("gaussian_mean", "gaussian_var", "gaussian_shared", "gaussian_scores")
+        return [name for name in names if getattr(self, name) is not None], self.approximation
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], context: Approximation, size: Any, stride: Any) -> Any:
+        return GaussianTensor(Moments(**{name.removeprefix("gaussian_"): t for name, t in inner.items()}), context)
+
+
+def call_rule(operation: Callable[..., Any], args: list[Any], kwargs: dict[str, Any], approximation: Any) -> Any:
+    """The rule's result for one operation on `Moments` and plain values.
+
+    Raises:
+        UnsupportedOp: the operation has no rule, or its rule does not carry shared variance.
+    """
+    entry = rules().get(operation)
+    if entry is None:
+        shown = ", ".join(_describe(value) for value in [*args, *kwargs.values()])
+        msg = f"no Gaussian rule for {operation_name(operation)} (got {shown})"
+        raise UnsupportedOp(msg)
+    if not entry.knows_shared and any(_has_shared(value) for value in [*args, *kwargs.values()]):
+        msg = f"the rule of {operation_name(operation)} does not carry shared variance and would drop it"
+        raise UnsupportedOp(msg)
+    if entry.wants_approximation:
+        kwargs = {**kwargs, "approximation": approximation}
+    return entry.call(*args, **kwargs)
+
+
+def read(tensor: GaussianTensor) -> Moments:
+    """The moments that a Gaussian tensor stands for."""
+    return Moments(tensor.gaussian_mean, tensor.gaussian_var, tensor.gaussian_shared, tensor.gaussian_scores)
+
+
+def unwrap(value: Any, found: Found) -> Any:
+    """`Moments` for Gaussian tensors, also inside lists, tuples and dicts; `found` collects them.
+
+    The same tensor gives the same moments, so that rules recognise `x * x`.
+    """
+    if isinstance(value, GaussianTensor):
+        for tensor, moments in found:
+            if tensor is value:
+                return moments
+        moments = read(value)
+        found.append((value, moments))
+        return moments
+    if isinstance(value, list | tuple) and not isinstance(value, torch.Size):
+        parts = [unwrap(part, found) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    if isinstance(value, dict):
+        return {name: unwrap(part, found) for name, part in value.items()}
+    return value
+
+
+def wrap(value: Any, approximation: Approximation) -> Any:
+    """The reverse of `unwrap`; moments without variance become plain tensors."""
+    if isinstance(value, Moments):
+        return value.mean if value.var is None else GaussianTensor(value, approximation)
+    if isinstance(value, list | tuple) and not isinstance(value, torch.Size):
+        return type(value)(wrap(part, approximation) for part in value)
+    return value
+
+
+def moments_of(module: nn.Module) -> dict[str, "Moments | Tensor"]:
+    """The module's own parameters and buffers by name, `Moments` where they are Gaussian."""
+    own = {**module._parameters, **module._buffers}
+    return {name: unwrap(value, []) for name, value in own.items() if value is not None}
+
+
+def _the_approximation(found: Found) -> Approximation:
+    approximation = found[0][0].approximation
+    if any(tensor.approximation != approximation for tensor, _ in found):
+        msg = "tensors of two approximations met in one operation; a propagation uses exactly one"
+        raise UnsupportedOp(msg)
+    return approximation
+
+
+def _has_shared(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(_has_shared(part) for part in value)
+    return isinstance(value, Moments) and value.shared is not None
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Moments):
+        return f"Gaussian {tuple(value.mean.shape)} {value.mean.dtype}".replace("torch.", "")
+    return f"Tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)[:40]

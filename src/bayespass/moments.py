@@ -1,0 +1,135 @@
+"""Moments: the mean and variance that rules work on, and the families most rules belong to.
+
+Everything here is arithmetic on plain tensors. Entries are treated as independent unless
+`shared` says otherwise; docs/assumptions.md has one heading per family.
+
+The families:
+    move        the same call on every field (reshapes, slices, casts)
+    add         sums of independent terms
+    scale       multiplication by something known
+    bilinear    products, matrix products, convolutions: exact under independence
+    linearise   a function by its first derivative
+    average     weighted sums over positions, where shared noise does not cancel
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Moments:
+    """Elementwise mean and variance of a tensor of random entries.
+
+    Args:
+        mean: E[x], any shape.
+        var: elementwise Var[x] >= 0, same shape; `None` means exactly deterministic.
+        shared: the part of `var` that is perfectly correlated across positions,
+            0 <= shared <= var, broadcastable to `var`; `None` means 0.
+        scores: on the output of a softmax only: the variance of its scores. Moves, dropout and
+            casts keep it and the matrix product that follows consumes it, so that attention
+            written out and the fused call agree. Everything else reads `var`.
+
+    Source: core decision 1.
+    """
+
+    mean: Tensor
+    var: Tensor | None = None
+    shared: Tensor | None = None
+    scores: Tensor | None = None
+
+
+def as_moments(value: "Moments | Tensor") -> Moments:
+    """A plain tensor as moments without variance."""
+    return value if isinstance(value, Moments) else Moments(value)
+
+
+def total(*terms: Tensor | None) -> Tensor | None:
+    """Sum of the variances that are there; `None` when none is."""
+    present = [term for term in terms if term is not None]
+    return sum(present[1:], start=present[0]) if present else None
+
+
+def apply(operation: Callable[[Tensor], Tensor], value: Tensor | None) -> Tensor | None:
+    """The operation on a variance that may be absent."""
+    return None if value is None else operation(value)
+
+
+def move(operation: Callable[..., Any], x: Moments, *args: Any, **kwargs: Any) -> Any:
+    """The same call on every field: exact for anything that only moves, repeats or picks entries.
+
+    Operations that return several tensors (split, unbind) give a tuple of moments.
+    """
+    mean = operation(x.mean, *args, **kwargs)
+
+    def moved(field: Tensor | None) -> Any:
+        return None if field is None else operation(field.expand_as(x.mean), *args, **kwargs)
+
+    if isinstance(mean, Tensor):
+        return Moments(mean, moved(x.var), moved(x.shared), moved(x.scores))
+    fields = [moved(field) or [None] * len(mean) for field in (x.var, x.shared, x.scores)]
+    return tuple(Moments(*parts) for parts in zip(mean, *fields, strict=True))
+
+
+def add(a: "Moments | Tensor", b: "Moments | Tensor", alpha: float = 1) -> Moments:
+    """a + alpha b of independent terms: v = v_a + alpha^2 v_b. Exact under independence."""
+    a, b = as_moments(a), as_moments(b)
+    mean = torch.add(a.mean, b.mean, alpha=alpha)
+
+    def summed(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+        second = second if second is None or alpha == 1 else second * alpha**2
+        variance = total(first, second)
+        return None if variance is None else variance.expand_as(mean)
+
+    return Moments(mean, summed(a.var, b.var), summed(a.shared, b.shared))
+
+
+def scale(x: Moments, gain: "Tensor | float") -> Moments:
+    """Gain x for a known gain: variance is multiplied by gain^2. Exact."""
+    mean = x.mean * gain
+    square = gain * gain
+    return Moments(mean, apply(lambda v: (v * square).expand_as(mean), x.var), apply(lambda v: v * square, x.shared))
+
+
+def bilinear(operation: Callable[[Tensor, Tensor], Tensor], a: "Moments | Tensor", b: "Moments | Tensor") -> Moments:
+    """c = operation(a, b), linear in each: v_c = op(m_a^2 + v_a, v_b) + op(v_a, m_b^2).
+
+    Exact when all entries are independent (products, matrix products, convolutions).
+    Source: single_pass notes 3.1.
+    """
+    a, b = as_moments(a), as_moments(b)
+    mean = operation(a.mean, b.mean)
+    from_a = None if a.var is None else operation(a.var, b.mean.square())
+    from_b = None
+    if b.var is not None:
+        second_moment = a.mean.square() if a.var is None else torch.addcmul(a.var, a.mean, a.mean)
+        from_b = operation(second_moment, b.var)
+    shared = None if a.shared is None else operation(a.shared.expand_as(a.mean), b.mean.square())
+    return Moments(mean, total(from_a, from_b), shared)
+
+
+def linearise(value: Tensor, derivative: Tensor, x: Moments) -> Moments:
+    """f(x) ~ f(m) + f'(m) (x - m): mean f(m), variance f'(m)^2 v. First order."""
+    square = derivative.square()
+    return Moments(value, apply(lambda v: v * square, x.var), apply(lambda v: v * square, x.shared))
+
+
+def average(weighted: Callable[[Tensor], Tensor], squared: Callable[[Tensor], Tensor], x: Moments) -> Moments:
+    """sum_i w_i x_i over positions: v = (sum w sqrt(shared))^2 + sum w^2 (v - shared).
+
+    Args:
+        weighted: the map t -> sum_i w_i t_i.
+        squared: the map t -> sum_i w_i^2 t_i.
+        x: moments; without `shared` the entries are independent and the result is exact for them.
+    """
+    mean = weighted(x.mean)
+    if x.var is None:
+        return Moments(mean)
+    if x.shared is None:
+        return Moments(mean, squared(x.var))
+    common = x.shared.expand_as(x.var)
+    shared = weighted(common.sqrt()).square()
+    return Moments(mean, shared + squared((x.var - common).clamp(min=0)), shared)

@@ -1,0 +1,226 @@
+"""The single pass: mean and variance of the output in one forward pass.
+
+The user's model runs on Gaussian parameters through `torch.func.functional_call`; every operation
+it calls is answered by a rule. The result is a `Prediction`.
+"""
+
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+import bayespass.rules  # noqa: F401  registers every rule
+from bayespass.approximation import CVP, Approximation, named_approximation
+from bayespass.batches import call_arguments, model_output
+from bayespass.errors import InvalidInput, UnsupportedOp
+from bayespass.gaussian import Found, GaussianTensor, read, unwrap, wrap
+from bayespass.link import Link, softmax_link
+from bayespass.moments import Moments, as_moments
+from bayespass.posterior.base import Posterior
+from bayespass.predict.snapshot import check_eval, snapshot
+from bayespass.prediction import ClassificationPrediction, Prediction, RegressionPrediction
+from bayespass.rules.registry import module_rule_for
+
+OUTPUT_SITE = ""
+SiteHook = Callable[[str, Any], Any]
+
+
+class SinglePass(nn.Module):
+    """Mean and uncertainty of any model's output in one forward pass.
+
+    Args:
+        model: any `nn.Module` in eval mode; it is copied, never modified.
+        posterior: over any subset of its parameters; others are deterministic.
+        approximation: `"cvp"`, `"streamlined"` or an `Approximation`.
+        scales: variance factor per site (`VarianceScales`), see `fit_scales`.
+        link: how Gaussian logits become probabilities, see `softmax_link`.
+
+    `forward` takes what the model takes and returns a `Prediction`. Weight moments are parameters
+    and buffers of this module, so it moves, compiles and has a `state_dict` like any other.
+
+    Raises:
+        PosteriorMismatch: posterior and model do not fit.
+        InvalidInput: the model is in training mode, or a scale names no site or is not positive.
+
+    Source: arXiv 2606.16214 (CVP), arXiv 2411.18425 (streamlining).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        posterior: Posterior,
+        approximation: Approximation | str = CVP,
+        scales: Mapping[str, float] | None = None,
+        link: Link = "auto",
+    ) -> None:
+        super().__init__()
+        self.approximation = named_approximation(approximation)
+        self.info = posterior.info
+        self.link: Link = link
+        self.model = snapshot(model, posterior)
+        self.names = posterior.names
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        for name, variance in posterior.variance.items():
+            like = parameters[name]
+            self.register_buffer(_buffer_name(name), variance.detach().to(like.device, like.dtype).clone())
+        self.sites = sites(self.model, self.names)
+        self.scales = _checked_scales(scales, self.sites, self.approximation)
+        self._site_hook: SiteHook | None = None
+        for path in self.sites:
+            self.model.get_submodule(path).register_forward_hook(self._at_site(path))
+        for module in self.model.modules():
+            _take_whole(module)
+        self.eval()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Prediction:
+        """The prediction for one batch, called as the model is called."""
+        mean, variance = self.moments(*args, **kwargs)
+        notes = (*self.approximation.drops, f"{len(self.scales)} of {len(self.sites)} sites scaled")
+        if self.info.likelihood == "regression":
+            noise = torch.full_like(mean, float(self.info.sigma_noise or 0.0) ** 2)
+            return RegressionPrediction(mean, variance, noise, self.approximation.name, notes)
+        probs = softmax_link(mean, variance, self.link)
+        return ClassificationPrediction(probs, mean, variance, self.approximation.name, notes)
+
+    def moments(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Mean and variance of the model's output, each of the output's shape.
+
+        Raises:
+            UnsupportedOp: an operation of the model has no rule; the message says where.
+        """
+        check_eval(self.model)
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        gaussian = {
+            name: GaussianTensor(Moments(parameters[name], getattr(self, _buffer_name(name))), self.approximation)
+            for name in self.names
+        }
+        try:
+            output = functional_call(self.model, gaussian, args, kwargs)
+        except UnsupportedOp as error:
+            raise _located(error, self.model) from error
+        moments = as_moments(unwrap(model_output(output), []))
+        variance = torch.zeros_like(moments.mean) if moments.var is None else moments.var
+        return moments.mean, variance
+
+    def _at_site(self, path: str) -> Callable[[nn.Module, Any, Any], Any]:
+        def scaled(module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001
+            factor = self.scales.get(path)
+            if factor is not None:
+                output = scale_output(output, factor)
+            return output if self._site_hook is None else self._site_hook(path, output)
+
+        return scaled
+
+
+def propagate(
+    model: nn.Module,
+    posterior: Posterior,
+    batch: Any,
+    approximation: Approximation | str = CVP,
+    scales: Mapping[str, float] | None = None,
+) -> Prediction:
+    """One single pass without keeping the predictor.
+
+    Args:
+        model: any `nn.Module` in eval mode.
+        posterior: over any subset of its parameters.
+        batch: inputs as a tensor, a tuple of arguments or a dict of keyword arguments.
+        approximation: see `SinglePass`.
+        scales: see `SinglePass`.
+    """
+    args, kwargs = call_arguments(batch)
+    return SinglePass(model, posterior, approximation, scales)(*args, **kwargs)
+
+
+def sites(model: nn.Module, random_names: tuple[str, ...]) -> tuple[str, ...]:
+    """Paths of the modules that own random parameters directly, and the output's, `""`."""
+    names = set(random_names)
+    random = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in names}
+    owners = [
+        path
+        for path, module in model.named_modules()
+        if path != OUTPUT_SITE and any(id(p) in random for p in module.parameters(recurse=False))
+    ]
+    return (*owners, OUTPUT_SITE)
+
+
+def scale_output(output: Any, factor: Any) -> Any:
+    """The module's output with the variance of every Gaussian tensor in it multiplied."""
+
+    def scaled(leaf: Any) -> Any:
+        if not isinstance(leaf, GaussianTensor):
+            return leaf
+        x = read(leaf)
+        fields = (None if f is None else f * factor for f in (x.var, x.shared, x.scores))
+        return wrap(Moments(x.mean, *fields), leaf.approximation)
+
+    return pytree.tree_map(scaled, output)
+
+
+def _checked_scales(
+    scales: Mapping[str, float] | None, known: tuple[str, ...], approximation: Approximation
+) -> dict[str, float]:
+    """The scales as a plain dict.
+
+    Raises:
+        InvalidInput: a path that is no site, a factor that is not positive, or scales that were
+            fitted for another approximation.
+    """
+    fitted_for = getattr(scales, "approximation", approximation.name)
+    if fitted_for not in (None, approximation.name):
+        msg = f"these scales were fitted for approximation {fitted_for!r}, not {approximation.name!r}; fit them again"
+        raise InvalidInput(msg)
+    for path, factor in (scales or {}).items():
+        if path not in known:
+            msg = f"scales name {path!r}, which is no site of this model; sites are {', '.join(map(repr, known[:5]))}, ..."
+            raise InvalidInput(msg)
+        if not 0 < factor < float("inf"):
+            msg = f"the scale of site {path!r} must be positive and finite; got {factor}"
+            raise InvalidInput(msg)
+    return {path: float(factor) for path, factor in (scales or {}).items()}
+
+
+def _buffer_name(parameter_name: str) -> str:
+    return "variance/" + parameter_name.replace(".", "/")
+
+
+def _take_whole(module: nn.Module) -> None:
+    """Let a module rule answer for the module's whole forward, if its class has one."""
+    whole = module_rule_for(module)
+    if whole is None:
+        return
+    ordinary = module.forward
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        found: Found = []
+        unwrap(self._parameters, found)
+        arguments, keywords = unwrap(args, found), unwrap(kwargs, found)
+        if not found:
+            return ordinary(*args, **kwargs)
+        return wrap(whole(self, *arguments, **keywords), found[0][0].approximation)
+
+    module.forward = types.MethodType(forward, module)
+
+
+def _located(error: UnsupportedOp, model: nn.Module) -> UnsupportedOp:
+    """The error with the place in the user's model and the remedy, read off the traceback."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    path, line, trace = None, "", error.__traceback__
+    while trace is not None:
+        frame = trace.tb_frame
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and id(owner) in paths and frame.f_code.co_name not in ("_call_impl", "_wrapped_call_impl"):
+            path = f"{paths[id(owner)] or 'the model'} ({type(owner).__name__})"
+            line = f", {frame.f_code.co_filename}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    where = f" in {path}{line}" if path else ""
+    remedy = (
+        "Register one with @bayespass.rule(operation), take the block whole with @bayespass.module_rule(Class), "
+        "or leave the parameters before it out: posterior.subset(...)"
+    )
+    return UnsupportedOp(f"{error}{where}. {remedy}")
+

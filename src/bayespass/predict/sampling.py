@@ -1,0 +1,125 @@
+"""Monte Carlo: the reference every other predictor is measured against, and the mean network."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from bayespass.batches import model_output
+from bayespass.errors import InvalidInput
+from bayespass.posterior.base import Posterior, PosteriorInfo
+from bayespass.predict.snapshot import check_eval, snapshot
+from bayespass.prediction import ClassificationPrediction, Prediction, RegressionPrediction
+
+
+class MonteCarlo(nn.Module):
+    """Average of the network over draws from the posterior.
+
+    Args:
+        model: any `nn.Module` in eval mode; it is copied, never modified.
+        posterior: over any subset of its parameters.
+        n_samples: number of draws S, at least 2.
+        seed: of the draws. Every batch sees the same draws, so all rows of a data set are
+            predicted by the same function.
+
+    `forward` takes what the model takes and returns a `Prediction`: `probs` averages the softmax
+    over draws; logit mean and variance are those of the draws (divisor S - 1).
+
+    Raises:
+        PosteriorMismatch: posterior and model do not fit.
+        InvalidInput: the model is in training mode, or fewer than two samples.
+    """
+
+    def __init__(self, model: nn.Module, posterior: Posterior, n_samples: int = 64, seed: int = 0) -> None:
+        super().__init__()
+        if n_samples < 2:
+            msg = f"n_samples must be at least 2, a variance needs two draws; got {n_samples}"
+            raise InvalidInput(msg)
+        self.model = snapshot(model, posterior)
+        self.posterior = posterior
+        self.info = posterior.info
+        self.n_samples = n_samples
+        self.seed = seed
+        self.eval()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Prediction:
+        """The prediction for one batch, called as the model is called."""
+        classification = self.info.likelihood == "classification"
+        mean = square = probs = None
+        for count, output in enumerate(self.outputs(*args, **kwargs), start=1):
+            if mean is None:
+                mean, square, probs = output, torch.zeros_like(output), torch.zeros_like(output)
+            else:
+                gap = output - mean
+                mean = mean + gap / count
+                square = square + gap * (output - mean)
+            if classification:
+                probs = probs + (torch.softmax(output, -1) - probs) / count
+        assert mean is not None and square is not None and probs is not None  # n_samples >= 2
+        variance = square / (self.n_samples - 1)
+        method, notes = f"mc{self.n_samples}", (f"{self.n_samples} draws, seed {self.seed}",)
+        if classification:
+            return ClassificationPrediction(probs, mean, variance, method, notes)
+        return _regression(mean, variance, self.info, method, notes)
+
+    def outputs(self, *args: Any, **kwargs: Any) -> Iterator[Tensor]:
+        """The network's output under each draw, in order.
+
+        Yields:
+            the output tensor, of the shape the model returns.
+        """
+        check_eval(self.model)
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        for draw in self.posterior.sample(self.n_samples, self.seed):
+            placed = {name: value.to(parameters[name].device, parameters[name].dtype) for name, value in draw.items()}
+            yield model_output(functional_call(self.model, placed, args, kwargs))
+
+
+class MeanNetwork(nn.Module):
+    """The deterministic network at the posterior mean (the MAP network), as a predictor.
+
+    Args:
+        model: any `nn.Module` in eval mode; it is copied, never modified.
+        posterior: whose mean is used.
+
+    `forward` returns a `Prediction` without epistemic variance.
+    """
+
+    def __init__(self, model: nn.Module, posterior: Posterior) -> None:
+        super().__init__()
+        self.model = snapshot(model, posterior)
+        self.info = posterior.info
+        self.eval()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Prediction:
+        """The prediction for one batch, called as the model is called."""
+        check_eval(self.model)
+        output = model_output(self.model(*args, **kwargs))
+        if self.info.likelihood == "regression":
+            return _regression(output, torch.zeros_like(output), self.info, "map", ())
+        return ClassificationPrediction(torch.softmax(output, -1), output, torch.zeros_like(output), "map")
+
+
+def prediction_from_draws(outputs: Tensor, info: PosteriorInfo, n_samples: int) -> Prediction:
+    """The Monte-Carlo prediction of outputs that were drawn already.
+
+    Args:
+        outputs: (S, ...) the network's output under each draw, S at least 2.
+        info: of the posterior.
+        n_samples: S, for the method's name.
+    """
+    mean, variance = outputs.mean(0), outputs.var(0)
+    method, notes = f"mc{n_samples}", (f"{n_samples} draws",)
+    if info.likelihood == "classification":
+        return ClassificationPrediction(torch.softmax(outputs, -1).mean(0), mean, variance, method, notes)
+    return _regression(mean, variance, info, method, notes)
+
+
+def _regression(
+    mean: Tensor, epistemic: Tensor, info: PosteriorInfo, method: str, notes: tuple[str, ...]
+) -> RegressionPrediction:
+    noise = torch.full_like(mean, float(info.sigma_noise or 0.0) ** 2)
+    return RegressionPrediction(mean, epistemic, noise, method, notes)
+

@@ -1,0 +1,195 @@
+"""Averages, sums and maxima over positions.
+
+Assumption: entries are independent except for their `shared` part, which does not cancel in an
+average. Without it pooling understates the variance of weight noise, which is common to all
+positions; see docs/assumptions.md#pooling. Max pooling matches the moments of pairwise maxima
+(Clark) or, linearised, passes the entry with the largest mean.
+
+Source: single_pass notes 3.1.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bayespass.approximation import Approximation
+from bayespass.errors import UnsupportedOp
+from bayespass.moments import Moments, average, move
+from bayespass.rules.activation import normal_cdf, normal_pdf, standardised
+from bayespass.rules.registry import Accuracy, rule
+
+Size = int | Sequence[int]
+
+
+def _pair(size: Size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[-1])
+
+
+@rule(torch.mean, Tensor.mean, knows_shared=True)
+def mean(input: Moments, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, out: None = None) -> Moments:
+    """Mean of n entries: v = mean(sqrt(shared))^2 + mean(v - shared) / n. Exact under independence."""
+    size = input.mean.numel() if dim is None else math.prod(input.mean.shape[axis] for axis in _axes(dim))
+
+    def averaged(t: Tensor) -> Tensor:
+        return t.mean(dim, keepdim=keepdim, dtype=dtype)
+
+    return average(averaged, lambda t: averaged(t) / size, input)
+
+
+@rule(torch.sum, Tensor.sum, knows_shared=True)
+def summation(
+    input: Moments, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, out: None = None
+) -> Moments:
+    """Sum of entries: variances add, shared standard deviations add. Exact under independence."""
+
+    def summed(t: Tensor) -> Tensor:
+        return t.sum(dim, keepdim=keepdim, dtype=dtype)
+
+    return average(summed, summed, input)
+
+
+def _axes(dim: Any) -> tuple[int, ...]:
+    return (dim,) if isinstance(dim, int) else tuple(dim)
+
+
+@rule(F.adaptive_avg_pool1d, knows_shared=True)
+def adaptive_avg_pool1d(input: Moments, output_size: Size) -> Moments:
+    """Averages over windows that tile the length. Exact under independence."""
+    size = output_size if isinstance(output_size, int) else output_size[0]
+    return _adaptive(lambda t: F.adaptive_avg_pool1d(t, size), input, (size,))
+
+
+@rule(F.adaptive_avg_pool2d, knows_shared=True)
+def adaptive_avg_pool2d(input: Moments, output_size: Any) -> Moments:
+    """Averages over windows that tile height and width. Exact under independence."""
+    wanted = (output_size, output_size) if isinstance(output_size, int) or output_size is None else output_size
+    height, width = (w or n for w, n in zip(wanted, input.mean.shape[-2:], strict=True))
+    return _adaptive(lambda t: F.adaptive_avg_pool2d(t, (height, width)), input, (height, width))
+
+
+def _adaptive(pool: Callable[[Tensor], Tensor], x: Moments, sizes: tuple[int, ...]) -> Moments:
+    counts = torch.ones((), dtype=x.mean.dtype, device=x.mean.device)
+    for n, size in zip(x.mean.shape[-len(sizes) :], sizes, strict=True):
+        widths = [-(-(i + 1) * n // size) - i * n // size for i in range(size)]
+        counts = counts.unsqueeze(-1) * torch.tensor(widths, dtype=x.mean.dtype, device=x.mean.device)
+    return average(pool, lambda t: pool(t) / counts, x)
+
+
+@rule(F.avg_pool1d, torch.avg_pool1d, knows_shared=True)
+def avg_pool1d(
+    input: Moments, kernel_size: Size, stride: Any = None, padding: Size = 0, ceil_mode: bool = False,
+    count_include_pad: bool = True,
+) -> Moments:  # fmt: skip
+    """Averages over windows along the length. Exact under independence."""
+    k, s, p = (value if isinstance(value, int) else value[0] for value in (kernel_size, stride or kernel_size, padding))
+    image = move(torch.unsqueeze, input, -2)
+    return move(torch.squeeze, avg_pool2d(image, (1, k), (1, s), (0, p), ceil_mode, count_include_pad), -2)
+
+
+@rule(F.avg_pool2d, knows_shared=True)
+def avg_pool2d(
+    input: Moments, kernel_size: Size, stride: Any = None, padding: Size = 0, ceil_mode: bool = False,
+    count_include_pad: bool = True, divisor_override: int | None = None,
+) -> Moments:  # fmt: skip
+    """Averages over windows: v = (sum w sqrt(shared))^2 + sum w^2 (v - shared). Exact under independence.
+
+    Raises:
+        UnsupportedOp: `ceil_mode` together with counted padding, where windows differ in size.
+    """
+
+    def pool(t: Tensor, divisor: int | None = divisor_override) -> Tensor:
+        return F.avg_pool2d(t, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor)
+
+    padded = any(_pair(padding))
+    if divisor_override is not None:
+        weight: Any = 1 / divisor_override
+    elif not (padded and count_include_pad):
+        weight = 1 / pool(torch.ones_like(input.mean), 1)
+    elif ceil_mode:
+        msg = "no Gaussian rule for avg_pool with ceil_mode=True and counted padding"
+        raise UnsupportedOp(msg)
+    else:
+        weight = 1 / math.prod(_pair(kernel_size))
+    return average(pool, lambda t: pool(t) * weight, input)
+
+
+MAX_ACCURACY = {"moments": Accuracy(0.06, 0.15), "linear": Accuracy(1.0, 1.1)}
+
+
+@rule(F.max_pool1d, torch.max_pool1d, accuracy=MAX_ACCURACY, depends_on="activation")
+def max_pool1d(
+    input: Moments, kernel_size: Size, stride: Any = None, padding: Size = 0, dilation: Size = 1,
+    ceil_mode: bool = False, return_indices: bool = False, *, approximation: Approximation,
+) -> Moments:  # fmt: skip
+    """Maxima along the length; bounds as for `max_pool2d`: 0.06 and 0.15 matched, 1.0 and 1.1 linear."""
+    k, s, p, d = (
+        value if isinstance(value, int) else value[0] for value in (kernel_size, stride or kernel_size, padding, dilation)
+    )
+    image = move(torch.unsqueeze, input, -2)
+    pooled = max_pool2d(
+        image, (1, k), (1, s), (0, p), (1, d), ceil_mode, return_indices, approximation=approximation
+    )
+    return move(torch.squeeze, pooled, -2)
+
+
+@rule(F.max_pool2d, torch.max_pool2d, accuracy=MAX_ACCURACY, depends_on="activation")
+def max_pool2d(
+    input: Moments, kernel_size: Size, stride: Any = None, padding: Size = 0, dilation: Size = 1,
+    ceil_mode: bool = False, return_indices: bool = False, *, approximation: Approximation,
+) -> Moments:  # fmt: skip
+    """Maxima over windows: Clark's pairwise moments, or the entry with the largest mean (linear).
+
+    Bounds (mean in output sd, variance relative) for windows up to 3 x 3: 0.06 and 0.15 matched,
+    1.0 and 1.1 linear. Source: Clark 1961; single_pass notes 3.1.
+
+    Raises:
+        UnsupportedOp: indices of the maxima, which are random; or `ceil_mode` with matched moments.
+    """
+    if return_indices:
+        msg = "no Gaussian rule for max_pool with return_indices=True: the indices of the maxima are random"
+        raise UnsupportedOp(msg)
+    if approximation.activation == "linear" or input.var is None:
+        maxima, where = F.max_pool2d(input.mean, kernel_size, stride, padding, dilation, ceil_mode, return_indices=True)
+        return Moments(maxima, None if input.var is None else _pick(input.var, where))
+    if ceil_mode:
+        msg = "no Gaussian rule for max_pool with ceil_mode=True under matched moments"
+        raise UnsupportedOp(msg)
+    return _windowed_maximum(input.mean, input.var, _pair(kernel_size), _pair(stride or kernel_size), padding, dilation)
+
+
+def _pick(field: Tensor, where: Tensor) -> Tensor:
+    return field.flatten(-2).gather(-1, where.flatten(-2)).reshape(where.shape)
+
+
+def _windowed_maximum(m: Tensor, v: Tensor, kernel: Any, stride: Any, padding: Size, dilation: Size) -> Moments:
+    (kh, kw), (sh, sw), (ph, pw), (dh, dw) = kernel, stride, _pair(padding), _pair(dilation)
+
+    def windows(t: Tensor, fill: float) -> list[Tensor]:
+        t = F.pad(t, (pw, pw, ph, ph), value=fill)
+        height, width = t.shape[-2] - dh * (kh - 1), t.shape[-1] - dw * (kw - 1)
+        starts = [(i * dh, j * dw) for i in range(kh) for j in range(kw)]
+        return [t[..., y : y + height : sh, x : x + width : sw] for y, x in starts]
+
+    inside = windows(torch.ones_like(m[:1, :1]) if m.dim() == 4 else torch.ones_like(m[:1]), 0.0)
+    entries = list(zip(windows(m, 0.0), windows(v, 0.0), (w > 0 for w in inside), strict=True))
+    while len(entries) > 1:
+        pairs = [entries[i : i + 2] for i in range(0, len(entries), 2)]
+        entries = [_maximum(*pair) if len(pair) == 2 else pair[0] for pair in pairs]
+    return Moments(entries[0][0], entries[0][1])
+
+
+def _maximum(a: Any, b: Any) -> Any:
+    """Clark's moments of max(a, b) for independent Gaussians; an entry outside the image yields."""
+    (m1, v1, in1), (m2, v2, in2) = a, b
+    gap, spread = m1 - m2, (v1 + v2).sqrt()
+    alpha = standardised(gap, spread)
+    p, tail = normal_cdf(alpha), spread * normal_pdf(alpha)
+    m = m2 + gap * p + tail
+    v = v1 * p + v2 * (1 - p) + gap.square() * p * (1 - p) + gap * tail * (1 - 2 * p) - tail.square()
+    m = torch.where(in1 & in2, m, torch.where(in1, m1, m2))
+    v = torch.where(in1 & in2, v.clamp(min=0), torch.where(in1, v1, v2))
+    return m, v, in1 | in2

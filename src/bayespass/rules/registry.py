@@ -1,0 +1,173 @@
+"""The registry: which function knows how one operation changes a mean and a variance.
+
+A rule is an ordinary function under the operation's own public signature. It receives
+`Moments` where the caller passed a Gaussian tensor and plain values everywhere else, and returns
+`Moments` (or a tuple of them). A rule that asks for the keyword `approximation` is handed the
+`Approximation` of the running propagation.
+
+    @rule(torch.cumsum, torch.Tensor.cumsum)
+    def cumsum(input, dim):
+        "y_i = x_1 + ... + x_i: exact for independent entries."
+        return average(lambda t: t.cumsum(dim), lambda t: t.cumsum(dim), input)
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+from torch import nn
+
+from bayespass.errors import InvalidInput, UnsupportedOp
+
+Operation = Callable[..., Any]
+RuleFunction = TypeVar("RuleFunction", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How far a rule may be from the truth, for independent Gaussian entries.
+
+    Args:
+        mean: largest error of the mean, in units of the largest output sd of the case.
+        variance: largest error of the variance, in units of the largest output variance.
+
+    Zero and zero means exact. Bounds hold for input means within [-4, 4] and input sd up to 2;
+    `bayespass.testing.check_rule` measures them by Monte Carlo.
+    """
+
+    mean: float = 0.0
+    variance: float = 0.0
+
+    @property
+    def exact(self) -> bool:
+        """Whether the rule gives the true moments of independent Gaussian entries."""
+        return self.mean == 0 and self.variance == 0
+
+
+EXACT = Accuracy()
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One registered rule: what is called, for which operations, and how accurate it is."""
+
+    call: Callable[..., Any]
+    operations: tuple[Operation, ...]
+    accuracy: Accuracy | Mapping[str, Accuracy] = EXACT
+    depends_on: str | None = None
+    knows_shared: bool = False
+    wants_approximation: bool = field(default=False)
+
+    def accuracy_under(self, approximation: Any) -> Accuracy:
+        """The declared accuracy for this approximation."""
+        if isinstance(self.accuracy, Accuracy):
+            return self.accuracy
+        return self.accuracy[getattr(approximation, self.depends_on or "")]
+
+
+_RULES: dict[Operation, Rule] = {}
+_IN_PLACE: dict[Operation, Operation] = {}
+_MODULE_RULES: dict[type[nn.Module], Callable[..., Any]] = {}
+
+
+def _wants_approximation(function: Callable[..., Any]) -> bool:
+    return "approximation" in inspect.signature(function).parameters
+
+
+def rule(
+    *operations: Operation,
+    accuracy: Accuracy | Mapping[str, Accuracy] = EXACT,
+    depends_on: str | None = None,
+    knows_shared: bool = False,
+) -> Callable[[RuleFunction], RuleFunction]:
+    """Register the decorated function as the rule of these operations.
+
+    Args:
+        operations: function objects, every alias written out (`torch.add`, `torch.Tensor.add`).
+        accuracy: declared accuracy; a mapping from the values of one approximation field to
+            accuracies where approximations differ.
+        depends_on: that field's name.
+        knows_shared: whether the rule carries `Moments.shared`; a rule that does not is never
+            handed moments that have it.
+
+    Returns:
+        The decorator, which returns the function unchanged.
+
+    Raises:
+        InvalidInput: an accuracy per approximation without `depends_on`, or the reverse.
+    """
+    if isinstance(accuracy, Mapping) != (depends_on is not None):
+        msg = "rule(accuracy=...) per approximation goes with depends_on=, the field it depends on"
+        raise InvalidInput(msg)
+
+    def register(function: RuleFunction) -> RuleFunction:
+        entry = Rule(function, operations, accuracy, depends_on, knows_shared, _wants_approximation(function))
+        _RULES.update(dict.fromkeys(operations, entry))
+        return function
+
+    return register
+
+
+def in_place(operations: Mapping[Operation, Operation]) -> None:
+    """Declare in-place spellings: each changes its first argument to what the other returns."""
+    _IN_PLACE.update(operations)
+
+
+def module_rule(*classes: type[nn.Module]) -> Callable[[RuleFunction], RuleFunction]:
+    """Register the decorated function as the rule of whole blocks, subclasses included.
+
+    The function is called as `rule(module, *args, **kwargs)`, `args` and `kwargs` being what the
+    module's `forward` takes with `Moments` for Gaussian tensors; `moments_of(module)` in
+    `bayespass.gaussian` gives the block's own parameters the same way. It returns what `forward`
+    returns, with `Moments` for Gaussian tensors. For blocks whose parts hide structure; the
+    function rules must already give an answer.
+    """
+
+    def register(function: RuleFunction) -> RuleFunction:
+        _MODULE_RULES.update(dict.fromkeys(classes, function))
+        return function
+
+    return register
+
+
+def rules() -> Mapping[Operation, Rule]:
+    """Every operation that has a rule, read-only."""
+    return MappingProxyType(_RULES)
+
+
+def in_place_operations() -> Mapping[Operation, Operation]:
+    """In-place operations and the operations whose result they store, read-only."""
+    return MappingProxyType(_IN_PLACE)
+
+
+def module_rule_for(module: nn.Module) -> Callable[..., Any] | None:
+    """The module rule of the nearest class in the module's ancestry, if any."""
+    for ancestor in type(module).__mro__:
+        if ancestor in _MODULE_RULES:
+            return _MODULE_RULES[ancestor]
+    return None
+
+
+def operation_name(operation: Operation) -> str:
+    """The name a user would write: `torch.nn.functional.gelu`, `torch.Tensor.add`."""
+    name = getattr(operation, "__name__", repr(operation))
+    if name == "__get__":
+        return f"torch.Tensor.{getattr(operation.__self__, '__name__', '?')}"  # type: ignore[attr-defined]
+    if getattr(operation, "__qualname__", name).startswith(("TensorBase.", "Tensor.")):
+        return f"torch.Tensor.{name}"
+    module = getattr(operation, "__module__", None) or "torch"
+    known = {"torch._C._nn": "torch.nn.functional", "torch._C": "torch", "torch._C._VariableFunctions": "torch"}
+    return f"{known.get(module, module)}.{name}"
+
+
+def refuse_out(out: Any) -> None:
+    """Refuse `out=`, which would store a mean without its variance.
+
+    Raises:
+        UnsupportedOp: `out` was given.
+    """
+    if out is not None:
+        msg = "out= would store the mean without its variance; drop the out argument in the model"
+        raise UnsupportedOp(msg)
