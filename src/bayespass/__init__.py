@@ -1,1 +1,49 @@
-"""bayespass."""
+"""An honest Bayesian answer from any deep network in one forward pass.
+
+    posterior -> predictor -> calibration -> evaluation -> report
+
+This file is the whole public API.
+"""
+
+from bayespass.approximation import CVP as CVP
+from bayespass.approximation import STREAMLINED as STREAMLINED
+from bayespass.approximation import Approximation as Approximation
+from bayespass.calibrate.temperature import TemperatureScaling as TemperatureScaling
+from bayespass.calibrate.variance_scale import VarianceScales as VarianceScales
+from bayespass.calibrate.variance_scale import fit_scales as fit_scales
+from bayespass.calibrate.variance_scale import load_scales as load_scales
+from bayespass.errors import BayespassError as BayespassError
+from bayespass.errors import InvalidInput as InvalidInput
+from bayespass.errors import InvalidPosteriorFile as InvalidPosteriorFile
+from bayespass.errors import MissingExtra as MissingExtra
+from bayespass.errors import NotFitted as NotFitted
+from bayespass.errors import PosteriorMismatch as PosteriorMismatch
+from bayespass.errors import UnsupportedOp as UnsupportedOp
+from bayespass.evaluate.agreement import Agreement as Agreement
+from bayespass.evaluate.agreement import agreement as agreement
+from bayespass.evaluate.calibration_error import reliability_curve as reliability_curve
+from bayespass.evaluate.compare import Comparison as Comparison
+from bayespass.evaluate.compare import compare as compare
+from bayespass.evaluate.scores import Estimate as Estimate
+from bayespass.evaluate.scores import evaluate as evaluate
+from bayespass.evaluate.selective import risk_coverage_curve as risk_coverage_curve
+from bayespass.link import softmax_link as softmax_link
+from bayespass.moments import Moments as Moments
+from bayespass.posterior.base import Posterior as Posterior
+from bayespass.posterior.base import PosteriorInfo as PosteriorInfo
+from bayespass.posterior.ivon import IVON as IVON
+from bayespass.posterior.laplace import Laplace as Laplace
+from bayespass.posterior.laplace import PriorTuning as PriorTuning
+from bayespass.posterior.mean_field import DiagonalGaussian as DiagonalGaussian
+from bayespass.predict.propagation import SinglePass as SinglePass
+from bayespass.predict.propagation import propagate as propagate
+from bayespass.predict.sampling import MeanNetwork as MeanNetwork
+from bayespass.predict.sampling import MonteCarlo as MonteCarlo
+from bayespass.prediction import ClassificationPrediction as ClassificationPrediction
+from bayespass.prediction import Prediction as Prediction
+from bayespass.prediction import RegressionPrediction as RegressionPrediction
+from bayespass.rules.registry import Accuracy as Accuracy
+from bayespass.rules.registry import module_rule as module_rule
+from bayespass.rules.registry import rule as rule
+
+__version__ = "0.1.0"

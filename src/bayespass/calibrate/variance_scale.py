@@ -13,6 +13,7 @@ Source: single_pass notes 3.7.
 """
 
 import math
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -26,6 +27,7 @@ from bayespass.approximation import CVP, Approximation
 from bayespass.batches import call_arguments, device_of, input_batches
 from bayespass.errors import InvalidInput
 from bayespass.gaussian import GaussianTensor, read
+from bayespass.posterior import store
 from bayespass.posterior.base import Posterior
 from bayespass.predict.propagation import SinglePass, scale_output, sites
 from bayespass.predict.snapshot import snapshot
@@ -108,6 +110,20 @@ def fit_scales(
     return VarianceScales(factors, single_pass.approximation.name, errors)
 
 
+def load_scales(path: str | os.PathLike[str]) -> VarianceScales | None:
+    """The scales that were saved with a posterior; None when there are none.
+
+    Args:
+        path: a posterior file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        InvalidPosteriorFile: the file is damaged or foreign.
+    """  # noqa: DOC502
+    saved = store.read(path)[1].get("scales")
+    return None if saved is None else VarianceScales(saved["factors"], saved["approximation"])
+
+
 class _Running:
     """Running mean and sum of squared deviations of one site call's tensors."""
 
@@ -181,7 +197,7 @@ def _match(
             return output
         value = float(torch.cat([gap.flatten() for gap in finite]).mean())
         logs[path].append(value)
-        return scale_output(output, math.exp(value))
+        return scale_output(output, math.exp(value), single_pass.approximation)
 
     single_pass._site_hook = at_site
     try:

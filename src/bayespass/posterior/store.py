@@ -8,7 +8,6 @@ training data, and reading it runs no code.
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bayespass.errors import InvalidPosteriorFile
+from bayespass.files import replacing
 
 FORMAT = "bayespass-posterior"
 FORMAT_VERSION = 1
@@ -45,18 +45,10 @@ def frozen_tensors(model: nn.Module, random_names: set[str]) -> dict[str, Tensor
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
     """Write the file beside its destination, then rename it into place."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     header = {"format": FORMAT, "format_version": FORMAT_VERSION, "content_hash": hash_tensors(plain), **manifest}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(handle)
-    try:
+    with replacing(Path(path)) as temporary:
         save_file(plain, temporary, metadata={HEADER: json.dumps(header, sort_keys=True)})
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:

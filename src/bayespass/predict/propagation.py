@@ -110,7 +110,7 @@ class SinglePass(nn.Module):
         def scaled(module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001
             factor = self.scales.get(path)
             if factor is not None:
-                output = scale_output(output, factor)
+                output = scale_output(output, factor, self.approximation)
             return output if self._site_hook is None else self._site_hook(path, output)
 
         return scaled
@@ -148,7 +148,7 @@ def sites(model: nn.Module, random_names: tuple[str, ...]) -> tuple[str, ...]:
     return (*owners, OUTPUT_SITE)
 
 
-def scale_output(output: Any, factor: Any) -> Any:
+def scale_output(output: Any, factor: float, approximation: Approximation) -> Any:
     """The module's output with the variance of every Gaussian tensor in it multiplied."""
 
     def scaled(leaf: Any) -> Any:
@@ -156,7 +156,7 @@ def scale_output(output: Any, factor: Any) -> Any:
             return leaf
         x = read(leaf)
         fields = (None if f is None else f * factor for f in (x.var, x.shared, x.scores))
-        return wrap(Moments(x.mean, *fields), leaf.approximation)
+        return wrap(Moments(x.mean, *fields), approximation)
 
     return pytree.tree_map(scaled, output)
 

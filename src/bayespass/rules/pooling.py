@@ -32,11 +32,11 @@ def _pair(size: Size) -> tuple[int, int]:
 @rule(torch.mean, Tensor.mean, knows_shared=True)
 def mean(input: Moments, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, out: None = None) -> Moments:
     """Mean of n entries: v = mean(sqrt(shared))^2 + mean(v - shared) / n. Exact under independence."""
-    size = input.mean.numel() if dim is None else math.prod(input.mean.shape[axis] for axis in _axes(dim))
 
     def averaged(t: Tensor) -> Tensor:
         return t.mean(dim, keepdim=keepdim, dtype=dtype)
 
+    size = input.mean.numel() / max(1, averaged(input.mean).numel())
     return average(averaged, lambda t: averaged(t) / size, input)
 
 
@@ -50,10 +50,6 @@ def summation(
         return t.sum(dim, keepdim=keepdim, dtype=dtype)
 
     return average(summed, summed, input)
-
-
-def _axes(dim: Any) -> tuple[int, ...]:
-    return (dim,) if isinstance(dim, int) else tuple(dim)
 
 
 @rule(F.adaptive_avg_pool1d, knows_shared=True)
