@@ -22,7 +22,9 @@ def test_attributes_that_hand_out_the_mean_raise(x, name):
         getattr(x, name)
 
 
-@pytest.mark.parametrize("call", [Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.argmax, Tensor.__bool__, torch.isnan])
+@pytest.mark.parametrize(
+    "call", [Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.argmax, Tensor.__bool__, torch.isnan]
+)
 def test_reads_of_values_raise(x, call):
     with pytest.raises(UnsupportedOp, match="no Gaussian rule"):
         call(x)
@@ -80,7 +82,9 @@ def test_in_place_on_a_plain_tensor_is_refused(x):
         plain += x
 
 
-@pytest.mark.parametrize("call", [lambda x: torch.add(x, 1, out=torch.zeros(3, 4)), lambda x: torch.cat([x, x], out=torch.zeros(6, 4))])
+@pytest.mark.parametrize(
+    "call", [lambda x: torch.add(x, 1, out=torch.zeros(3, 4)), lambda x: torch.cat([x, x], out=torch.zeros(6, 4))]
+)
 def test_out_arguments_are_refused(x, call):
     with pytest.raises(UnsupportedOp, match="out="):
         call(x)

@@ -85,7 +85,9 @@ def labelled_batches(batches: Iterable[Any], device: torch.device | None = None)
         empty = False
         inputs, targets = split_batch(batch)
         if targets is None:
-            msg = f"every batch must be (inputs, targets), or a dict with one of {LABEL_KEYS}; got {type(batch).__name__}"
+            msg = (
+                f"every batch must be (inputs, targets), or a dict with one of {LABEL_KEYS}; got {type(batch).__name__}"
+            )
             raise InvalidInput(msg)
         yield to_device(inputs, device), torch.as_tensor(targets).to(device)
     if empty:

@@ -20,20 +20,21 @@ from bayespass.moments import Moments
 from bayespass.rules.registry import in_place_operations, operation_name, rules
 
 # Reads of metadata, the same for the mean and for the pair.
-_METADATA_METHODS = (
-    "size stride storage_offset dim ndimension numel nelement element_size is_floating_point is_complex is_signed "
-    "is_contiguous is_inference is_conj is_neg _is_view _is_zerotensor get_device __len__ __hash__ has_names is_same_size is_pinned dim_order"
-).split()
-_METADATA_ATTRIBUTES = (
-    "shape dtype device ndim layout requires_grad is_leaf grad_fn is_cuda is_cpu is_sparse is_sparse_csr is_quantized "
-    "is_nested is_meta is_mps is_xpu is_mkldnn names itemsize nbytes is_vulkan is_mtia is_ipu is_xla is_maia "
-    "_version _base _backward_hooks output_nr retains_grad grad _has_symbolic_sizes_strides"
-).split()
+_METADATA_METHODS = """
+    size stride storage_offset dim ndimension numel nelement element_size is_floating_point is_complex is_signed
+    is_contiguous is_inference is_conj is_neg _is_view _is_zerotensor get_device __len__ __hash__ is_same_size
+    is_pinned dim_order
+"""
+_METADATA_ATTRIBUTES = """
+    shape dtype device ndim layout requires_grad is_leaf grad_fn is_cuda is_cpu is_sparse is_sparse_csr is_quantized
+    is_nested is_meta is_mps is_xpu is_mkldnn names itemsize nbytes is_vulkan is_mtia is_ipu is_xla is_maia _version
+    _base _backward_hooks output_nr retains_grad grad _has_symbolic_sizes_strides
+"""
 
 
 def _metadata() -> frozenset[Callable[..., Any]]:
-    methods = [getattr(Tensor, name) for name in _METADATA_METHODS if hasattr(Tensor, name)]
-    getters = [getattr(Tensor, name).__get__ for name in _METADATA_ATTRIBUTES if hasattr(Tensor, name)]
+    methods = [getattr(Tensor, name) for name in _METADATA_METHODS.split() if hasattr(Tensor, name)]
+    getters = [getattr(Tensor, name).__get__ for name in _METADATA_ATTRIBUTES.split() if hasattr(Tensor, name)]
     return frozenset([*methods, *getters, torch.is_floating_point, torch.is_complex, torch.numel])
 
 
@@ -55,6 +56,7 @@ class GaussianTensor(Tensor):
 
     @staticmethod
     def __new__(cls, moments: Moments, approximation: Approximation) -> "GaussianTensor":
+        """Wrap the moments; shape, strides, dtype and device are those of the mean."""
         mean = moments.mean
         wrapper = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, mean.shape, strides=mean.stride(), dtype=mean.dtype, device=mean.device, layout=mean.layout
@@ -63,7 +65,7 @@ class GaussianTensor(Tensor):
         wrapper.store(moments)
         return wrapper
 
-    def __init__(self, moments: Moments, approximation: Approximation) -> None:
+    def __init__(self, moments: Moments, approximation: Approximation) -> None:  # noqa: ARG002  see __new__
         super().__init__()
 
     def store(self, moments: Moments) -> None:

@@ -62,10 +62,13 @@ def check_targets(outputs: Tensor, targets: Tensor, likelihood: Likelihood) -> N
     """
     if likelihood == "classification":
         if outputs.shape[-1] < 2:
-            msg = f"classification needs at least two logits on the last axis; got outputs of shape {tuple(outputs.shape)}"
+            shape = tuple(outputs.shape)
+            msg = f"classification needs at least two logits on the last axis; got outputs of shape {shape}"
             raise InvalidInput(msg)
         if targets.shape != outputs.shape[:-1]:
-            msg = f"labels must have shape {tuple(outputs.shape[:-1])}, one per row of logits; got {tuple(targets.shape)}"
+            msg = (
+                f"labels must have shape {tuple(outputs.shape[:-1])}, one per row of logits; got {tuple(targets.shape)}"
+            )
             raise InvalidInput(msg)
         check_class_labels(targets, outputs.shape[-1])
     elif targets.shape != outputs.shape:

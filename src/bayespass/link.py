@@ -121,5 +121,7 @@ def _top_k(mean: Tensor, variance: Tensor) -> Tensor:
 def _mean_field(mean: Tensor, variance: Tensor) -> Tensor:
     """1 / sum_i exp((m_i - m_k) / sqrt(1 + pi/8 v_k)), renormalised; one row of classes at a time."""
     slope = torch.rsqrt(1 + math.pi / 8 * variance)
-    rows = [torch.logsumexp(mean * slope[..., k : k + 1], -1) - mean[..., k] * slope[..., k] for k in range(mean.shape[-1])]
+    rows = [
+        torch.logsumexp(mean * slope[..., k : k + 1], -1) - mean[..., k] * slope[..., k] for k in range(mean.shape[-1])
+    ]
     return torch.softmax(-torch.stack(rows, -1), -1)

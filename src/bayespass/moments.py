@@ -47,6 +47,19 @@ def as_moments(value: "Moments | Tensor") -> Moments:
     return value if isinstance(value, Moments) else Moments(value)
 
 
+def in_float32(compute: Callable[[Tensor, Tensor], Moments], x: Moments) -> Moments:
+    """compute(mean, variance), in float32 where the input is half precision, cast back to its dtype.
+
+    Squares of half-precision values overflow and their differences cancel. `x` has a variance.
+    """
+    assert x.var is not None
+    dtype = x.mean.dtype
+    if dtype not in (torch.float16, torch.bfloat16):
+        return compute(x.mean, x.var)
+    result = compute(x.mean.float(), x.var.float())
+    return Moments(result.mean.to(dtype), apply(lambda v: v.to(dtype), result.var))
+
+
 def total(*terms: Tensor | None) -> Tensor | None:
     """Sum of the variances that are there; `None` when none is."""
     present = [term for term in terms if term is not None]

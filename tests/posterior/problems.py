@@ -18,7 +18,9 @@ class LinearRegression:
     @property
     def precision(self) -> Tensor:
         d = self.inputs.shape[1]
-        return self.inputs.T @ self.inputs / self.sigma_noise**2 + self.prior_precision * torch.eye(d, dtype=self.inputs.dtype)
+        return self.inputs.T @ self.inputs / self.sigma_noise**2 + self.prior_precision * torch.eye(
+            d, dtype=self.inputs.dtype
+        )
 
     @property
     def mean(self) -> Tensor:

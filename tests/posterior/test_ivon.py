@@ -81,7 +81,9 @@ def test_one_step_matches_the_equations_by_hand():
     update = (((1 - b1) * g) / (1 - b1)) / (h + delta)
     expected = -lr * (h0 + delta) * update.clamp(-0.01, 0.01)
     torch.testing.assert_close(model.weight.detach(), expected, rtol=1e-5, atol=1e-8)
-    torch.testing.assert_close(method.posterior().variance["weight"], (1 / (weight * (h + delta))).float(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        method.posterior().variance["weight"], (1 / (weight * (h + delta))).float(), rtol=1e-5, atol=0
+    )
 
 
 def test_the_price_estimator_is_unbiased():

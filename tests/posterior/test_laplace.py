@@ -17,7 +17,11 @@ def fitted_regression(**settings):
     model = PROBLEM.model()
     with torch.no_grad():
         model.weight.copy_(PROBLEM.mean)
-    defaults = {"likelihood": "regression", "sigma_noise": PROBLEM.sigma_noise, "prior_precision": PROBLEM.prior_precision}
+    defaults = {
+        "likelihood": "regression",
+        "sigma_noise": PROBLEM.sigma_noise,
+        "prior_precision": PROBLEM.prior_precision,
+    }
     loader = list(zip(PROBLEM.inputs.split(150), PROBLEM.targets.split(150), strict=True))
     return Laplace(model.eval(), **(defaults | settings)).fit(loader)
 
@@ -45,8 +49,10 @@ def test_ggn_equals_the_dense_matrix():
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     expected = {name: torch.zeros_like(p) for name, p in parameters.items()}
     for x in inputs:
+
         def logits(theta, x=x):
             return functional_call(model, theta, (x,))
+
         p = torch.softmax(logits(parameters), -1)
         inner = torch.diag(p) - torch.outer(p, p)
         for name, jacobian in torch.func.jacrev(logits)(parameters).items():
@@ -66,13 +72,17 @@ def test_ggn_of_a_linear_classifier_is_its_hessian():
         return F.cross_entropy(inputs @ weight.T + model.bias.detach(), labels, reduction="sum")
 
     second = torch.autograd.functional.hessian(loss, model.weight.detach())
-    torch.testing.assert_close(found["weight"].double().flatten(), second.reshape(9, 9).diagonal(), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        found["weight"].double().flatten(), second.reshape(9, 9).diagonal(), rtol=1e-5, atol=1e-7
+    )
 
 
 def test_empirical_fisher_equals_a_loop():
     model, inputs, labels = small_classifier()
     names = tuple(dict(model.named_parameters()))
-    found, _, _ = diagonal_curvature(model, [(inputs[:13], labels[:13]), (inputs[13:], labels[13:])], names, "classification", curvature="ef")
+    found, _, _ = diagonal_curvature(
+        model, [(inputs[:13], labels[:13]), (inputs[13:], labels[13:])], names, "classification", curvature="ef"
+    )
     expected = {name: 0.0 for name in names}
     for x, y in zip(inputs, labels, strict=True):
         model.zero_grad()
@@ -90,9 +100,13 @@ def test_marginal_likelihood_equals_the_evidence_of_a_diagonal_problem():
     model = problem.model()
     with torch.no_grad():
         model.weight.copy_(problem.mean)
-    laplace = Laplace(model.eval(), "regression", sigma_noise=0.7, prior_precision=1.3).fit([(problem.inputs, problem.targets)])
+    laplace = Laplace(model.eval(), "regression", sigma_noise=0.7, prior_precision=1.3).fit(
+        [(problem.inputs, problem.targets)]
+    )
     covariance = 0.49 * torch.eye(40, dtype=torch.float64) + problem.inputs @ problem.inputs.T / 1.3
-    evidence = torch.distributions.MultivariateNormal(torch.zeros(40, dtype=torch.float64), covariance).log_prob(problem.targets.squeeze(1))
+    evidence = torch.distributions.MultivariateNormal(torch.zeros(40, dtype=torch.float64), covariance).log_prob(
+        problem.targets.squeeze(1)
+    )
     assert laplace.log_marginal_likelihood() == pytest.approx(float(evidence), rel=1e-6)
 
 
@@ -147,7 +161,10 @@ def test_frozen_parameters_and_names_are_left_out():
     model, inputs, labels = small_classifier()
     model[0].weight.requires_grad_(False)
     assert "0.weight" not in Laplace(model).fit([(inputs, labels)]).posterior().names
-    assert Laplace(model, names=lambda name: name.startswith("2.")).fit([(inputs, labels)]).posterior().names == ("2.weight", "2.bias")
+    assert Laplace(model, names=lambda name: name.startswith("2.")).fit([(inputs, labels)]).posterior().names == (
+        "2.weight",
+        "2.bias",
+    )
     with pytest.raises(InvalidInput, match=r"no parameter named 0\.weight"):
         Laplace(model, names=["0.weight"])
 

@@ -1,7 +1,7 @@
+import pytest
 import torch
 from torch import nn
 
-import pytest
 from bayespass import DiagonalGaussian, InvalidInput, Posterior, PosteriorInfo, PosteriorMismatch
 from bayespass.testing import check_posterior
 
@@ -34,7 +34,8 @@ def test_the_contract_can_fail(posterior, model):
 def test_log_prob_is_that_of_independent_normals(posterior):
     draw = next(posterior.sample(1, 0))
     expected = sum(
-        torch.distributions.Normal(posterior.mean[n], posterior.variance[n].sqrt()).log_prob(draw[n]).sum() for n in draw
+        torch.distributions.Normal(posterior.mean[n], posterior.variance[n].sqrt()).log_prob(draw[n]).sum()
+        for n in draw
     )
     torch.testing.assert_close(posterior.log_prob(draw), expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(InvalidInput, match="missing"):

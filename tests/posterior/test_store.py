@@ -6,7 +6,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from bayespass import DiagonalGaussian, InvalidPosteriorFile, Posterior, PosteriorInfo, PosteriorMismatch, VarianceScales, load_scales
+from bayespass import (
+    DiagonalGaussian,
+    InvalidPosteriorFile,
+    Posterior,
+    PosteriorInfo,
+    PosteriorMismatch,
+    VarianceScales,
+    load_scales,
+)
 from bayespass.posterior import store
 
 
@@ -77,7 +85,7 @@ def test_damaged_and_foreign_files(file, tmp_path, model):
     header_end = 8 + int.from_bytes(content[:8], "little")
     for name, wrong, match in [
         ("truncated", content[: len(content) // 2], "not a readable"),
-        ("header", content[:header_end - 3] + b"xxx" + content[header_end:], "not a readable"),
+        ("header", content[: header_end - 3] + b"xxx" + content[header_end:], "not a readable"),
         ("flipped", bytes(flipped), "do not match the hash"),
         ("text", b"hello", "not a readable"),
         ("empty", b"", "not a readable"),

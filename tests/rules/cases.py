@@ -119,7 +119,11 @@ CASES: dict[Callable[..., Any], list[Case]] = {
     torch.mean: [case(gaussian(3, 4)), case(gaussian(2, 3, 4), 1), case(gaussian(2, 3, 4), (0, -1), True)],
     torch.sum: [case(gaussian(3, 4)), case(gaussian(2, 3, 4), 1), case(gaussian(2, 3, 4), dim=(0, -1), keepdim=True)],
     F.adaptive_avg_pool1d: [case(gaussian(2, 3, 7), 3), case(gaussian(2, 3, 6), (1,))],
-    F.adaptive_avg_pool2d: [case(gaussian(2, 3, 5, 7), (2, 3)), case(gaussian(2, 3, 4, 4), 1), case(gaussian(2, 4, 6), (None, 2))],
+    F.adaptive_avg_pool2d: [
+        case(gaussian(2, 3, 5, 7), (2, 3)),
+        case(gaussian(2, 3, 4, 4), 1),
+        case(gaussian(2, 4, 6), (None, 2)),
+    ],
     F.avg_pool1d: [case(gaussian(2, 3, 7), 3), case(gaussian(2, 3, 7), 3, 2, 1, False, False)],
     F.avg_pool2d: [
         case(gaussian(2, 3, 5, 6), 2),

@@ -31,25 +31,36 @@ def case_id(value):
     return operation_name(value) if callable(value) else str(value)
 
 
+def under_approximations(cases):
+    """Each case under every approximation that its rule tells apart."""
+    differs = {None: [CVP], "activation": [STREAMLINED, CVP], "norm": [STREAMLINED, CVP, DELTA]}
+    return [
+        pytest.param(op, i, approximation, id=f"{operation_name(op)}-{i}-{approximation.name}")
+        for op, i in cases
+        for approximation in differs[rules()[op].depends_on]
+    ]
+
+
 def test_every_rule_is_checked():
     checked = {id(rules()[op]) for op in CASES} | {id(rules()[ops[0]]) for ops in MOVES}
-    missing = {operation_name(op) for op, entry in rules().items() if id(entry) not in checked and op not in UNARY_LIMIT}
+    missing = {
+        operation_name(op) for op, entry in rules().items() if id(entry) not in checked and op not in UNARY_LIMIT
+    }
     assert missing <= {"torch.Tensor.__rdiv__"}
 
 
-@pytest.mark.parametrize("approximation", [STREAMLINED, CVP, DELTA], ids=lambda a: a.name)
-@pytest.mark.parametrize(("operation", "index"), ALL_CASES, ids=case_id)
+@pytest.mark.parametrize(("operation", "index", "approximation"), under_approximations(ALL_CASES))
 def test_moments_match_monte_carlo(operation, index, approximation):
     args, kwargs = CASES[operation][index]
-    if approximation is DELTA and operation is not F.layer_norm:
-        pytest.skip("differs from cvp in the norm alone")
     check_rule(operation, *args, approximation=approximation, **kwargs)
 
 
 NO_BATCHING_RULE = {Tensor.moveaxis, Tensor.cuda}  # vmap lacks one; test_aliases covers torch.moveaxis
 
 
-@pytest.mark.parametrize("operations", [m for m in MOVES if m[0] not in NARROWING | NO_BATCHING_RULE], ids=lambda m: case_id(m[0]))
+@pytest.mark.parametrize(
+    "operations", [m for m in MOVES if m[0] not in NARROWING | NO_BATCHING_RULE], ids=lambda m: case_id(m[0])
+)
 def test_moves_match_monte_carlo(operations):
     args, kwargs = move_case(operations)
     check_rule(operations[0], *args, n_samples=5000, **kwargs)
@@ -63,11 +74,10 @@ def test_casts_change_both_fields(operation):
     torch.testing.assert_close(result.var.double(), x.var, rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("approximation", [STREAMLINED, CVP, DELTA], ids=lambda a: a.name)
-@pytest.mark.parametrize(("operation", "index"), [c for c in ALL_CASES if c[0] not in {F.dropout}], ids=case_id)
+@pytest.mark.parametrize(
+    ("operation", "index", "approximation"), under_approximations([c for c in ALL_CASES if c[0] is not F.dropout])
+)
 def test_rules_are_differentiable(operation, index, approximation):
-    if rules()[operation].depends_on is None and approximation is not CVP:
-        pytest.skip("the same under every approximation")
     args, kwargs = CASES[operation][index]
     check_rule_gradient(operation, *args, approximation=approximation, **kwargs)
 
@@ -103,7 +113,11 @@ def flat(result):
     return [as_moments(r) for r in (result if isinstance(result, tuple | list) else [result])]
 
 
-@pytest.mark.parametrize("entry", sorted({id(e): e for e in rules().values()}.values(), key=lambda e: e.call.__name__), ids=lambda e: e.call.__name__)
+@pytest.mark.parametrize(
+    "entry",
+    sorted({id(e): e for e in rules().values()}.values(), key=lambda e: e.call.__name__),
+    ids=lambda e: e.call.__name__,
+)
 def test_declared_bounds_are_in_the_docstring(entry):
     accuracies = entry.accuracy.values() if not hasattr(entry.accuracy, "exact") else [entry.accuracy]
     for accuracy in accuracies:

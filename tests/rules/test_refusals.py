@@ -59,5 +59,11 @@ def test_modules_reach_the_rules():
                    nn.LayerNorm([4, 6, 6]).double(), nn.BatchNorm2d(4).double().eval(), nn.Conv2d(4, 2, 3).double(), nn.Softmax(dim=1)):  # fmt: skip
         assert isinstance(module(image), GaussianTensor), module
     line = GaussianTensor(gaussian(2, 4, 6), CVP)
-    for module in (nn.MaxPool1d(2), nn.AvgPool1d(2), nn.AdaptiveAvgPool1d(1), nn.Conv1d(4, 2, 3).double(), nn.Linear(6, 2).double()):
+    for module in (
+        nn.MaxPool1d(2),
+        nn.AvgPool1d(2),
+        nn.AdaptiveAvgPool1d(1),
+        nn.Conv1d(4, 2, 3).double(),
+        nn.Linear(6, 2).double(),
+    ):
         assert isinstance(module(line), GaussianTensor), module

@@ -119,7 +119,7 @@ def load_scales(path: str | os.PathLike[str]) -> VarianceScales | None:
     Raises:
         FileNotFoundError: there is no such file.
         InvalidPosteriorFile: the file is damaged or foreign.
-    """  # noqa: DOC502
+    """
     saved = store.read(path)[1].get("scales")
     return None if saved is None else VarianceScales(saved["factors"], saved["approximation"])
 
@@ -170,9 +170,7 @@ class _SiteMoments:
             functional_call(self.model, draw, args, kwargs)
         half = torch.tensor((n_samples - 1) / 2, dtype=torch.float64)
         bias = float(torch.special.digamma(half) - half.log())  # E log(chi2 / dof)
-        return [
-            (run.path, [(square / (n_samples - 1)).log() - bias for square in run.squares]) for run in self._runs
-        ]
+        return [(run.path, [(square / (n_samples - 1)).log() - bias for square in run.squares]) for run in self._runs]
 
 
 def _match(

@@ -9,10 +9,14 @@ import typer
 
 from bayespass.errors import InvalidInput
 
-Model = Annotated[str, typer.Argument(help="module:factory that returns the trained nn.Module, e.g. my_project.net:build.")]
+Model = Annotated[
+    str, typer.Argument(help="module:factory that returns the trained nn.Module, e.g. my_project.net:build.")
+]
 PosteriorFile = Annotated[Path, typer.Argument(help="Posterior file written by posterior.save(...).")]
 Data = Annotated[Path, typer.Argument(help="npz file with the arrays `inputs` and `targets`.")]
-Weights = Annotated[Path | None, typer.Option(help="safetensors file with the model's weights, if the factory has none.")]
+Weights = Annotated[
+    Path | None, typer.Option(help="safetensors file with the model's weights, if the factory has none.")
+]
 Predictors = Annotated[str, typer.Option(help="Comma-separated: map, mcS, streamlined, cvp, cvp_uncalibrated.")]
 Reference = Annotated[int, typer.Option(min=2, help="Weight samples of the Monte-Carlo reference.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows per batch; costs are measured on one batch.")]

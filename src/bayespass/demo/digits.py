@@ -1,6 +1,7 @@
 """scikit-learn's handwritten digits: real 8x8 images that ship with the package."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -44,6 +45,6 @@ def load_digits(seed: int, n_train: int, n_calibration: int) -> tuple[Split, Spl
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(labels)))
     targets = torch.from_numpy(labels).long()
     ends = (0, n_train, n_train + n_calibration, len(labels))
-    parts = [order[start:end] for start, end in zip(ends[:-1], ends[1:], strict=True)]
+    parts = [order[start:end] for start, end in pairwise(ends)]
     train, calibration, test = (Split(images[rows], targets[rows]) for rows in parts)
     return train, calibration, test

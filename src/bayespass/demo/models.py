@@ -46,7 +46,7 @@ class Block(nn.Module):
 class SmallViT(nn.Module):
     """A vision transformer for 8x8 images: 16 patches of 2x2 and a class token."""
 
-    def __init__(self, width: int = 64, depth: int = 4, heads: int = 4, classes: int = 10) -> None:
+    def __init__(self, width: int = 64, depth: int = 3, heads: int = 4, classes: int = 10) -> None:
         super().__init__()
         self.patches = nn.Conv2d(1, width, kernel_size=2, stride=2)
         self.class_token = nn.Parameter(0.02 * torch.randn(1, 1, width))

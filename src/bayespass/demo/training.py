@@ -19,6 +19,7 @@ class Recipe:
     """How one network is trained.
 
     Args:
+        n_train: training images.
         epochs: of AdamW.
         lr: largest learning rate of AdamW.
         ivon_epochs: of IVON.
@@ -29,6 +30,7 @@ class Recipe:
         batch_size: rows per step.
     """
 
+    n_train: int
     epochs: int
     lr: float
     ivon_epochs: int

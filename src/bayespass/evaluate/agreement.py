@@ -98,7 +98,8 @@ def _divergence(reference: Prediction, prediction: Prediction) -> Tensor:
     if isinstance(reference, ClassificationPrediction) and isinstance(prediction, ClassificationPrediction):
         p, q = _rows(reference.probs), _rows(prediction.probs)
         return (p * ((p + 1e-30).log() - (q + 1e-30).log())).sum(-1)
-    assert isinstance(reference, RegressionPrediction) and isinstance(prediction, RegressionPrediction)
+    assert isinstance(reference, RegressionPrediction)
+    assert isinstance(prediction, RegressionPrediction)
     ratio = _rows(reference.total) / _rows(prediction.total)
     shift = (_rows(reference.mean) - _rows(prediction.mean)).square() / _rows(prediction.total)
     return 0.5 * (ratio - 1 - ratio.log() + shift).sum(-1)
@@ -116,4 +117,4 @@ def _standard_error(values: Tensor) -> float:
 def _spearman(a: np.ndarray, b: np.ndarray) -> float:
     from scipy.stats import spearmanr
 
-    return float(spearmanr(a, b).statistic)
+    return float(spearmanr(a, b)[0])  # type: ignore[arg-type]

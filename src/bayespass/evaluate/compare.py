@@ -30,6 +30,7 @@ from bayespass.progress import track
 DEFAULT_PREDICTORS = ("map", "mc4", "mc16", "mc64", "streamlined", "cvp")
 UNCALIBRATED = "_uncalibrated"
 MAX_DRAWS_BYTES = 4 * 2**30
+TIMING_SECONDS = 1.0  # spent on each predictor's cost, as far as one run allows
 
 
 @dataclass(frozen=True)
@@ -216,9 +217,7 @@ def _over_groups(each: list[Scores]) -> tuple[Scores, dict[str, float]]:
     return scores, errors
 
 
-def _jackknife(
-    blocks: tuple[Tensor, ...], draws: Tensor, posterior: Posterior, targets: Tensor
-) -> dict[str, float]:
+def _jackknife(blocks: tuple[Tensor, ...], draws: Tensor, posterior: Posterior, targets: Tensor) -> dict[str, float]:
     """Standard errors of the reference's figures from leaving out one block of draws at a time."""
     size, n = len(blocks[0]), len(blocks)
     left_out = []
@@ -232,9 +231,7 @@ def _jackknife(
 class _Gap:
     """The MAP to Monte-Carlo gap of one metric, on all rows and on paired resamples."""
 
-    def __init__(
-        self, at_mean: Prediction, truth: Prediction, targets: Tensor, n_bootstrap: int, seed: int
-    ) -> None:
+    def __init__(self, at_mean: Prediction, truth: Prediction, targets: Tensor, n_bootstrap: int, seed: int) -> None:
         self.metric = "aurc" if isinstance(truth, ClassificationPrediction) else "nll"
         self._targets = targets.cpu()
         self._n, self._n_bootstrap, self._seed = len(targets), n_bootstrap, seed
@@ -294,15 +291,11 @@ def _costs(mean_network: MeanNetwork, predictors: list[nn.Module], inputs: Any) 
         return time.perf_counter() - start
 
     seconds(deterministic)
-    forward = [seconds(deterministic) for _ in range(5)]
-    ratios = []
+    forward, best = [], []
     for predictor in predictors:
-        draws = getattr(predictor, "n_samples", 1)
-        repeats = 1 if draws > 32 else 5
-        if repeats > 1:
-            seconds(predictor)
+        first = seconds(predictor)
+        repeats = max(1, min(30, int(TIMING_SECONDS / first)))
         pairs = [(seconds(deterministic), seconds(predictor)) for _ in range(repeats)]
         forward += [pair[0] for pair in pairs]
-        ratios.append(min(pair[1] for pair in pairs))
-    best = min(forward)
-    return best, [value / best for value in ratios]
+        best.append(min(pair[1] for pair in pairs))
+    return min(forward), [value / min(forward) for value in best]

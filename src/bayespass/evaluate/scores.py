@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from bayespass.errors import InvalidInput
 from bayespass.evaluate.calibration_error import reliability_curve
@@ -67,9 +68,7 @@ def evaluate(prediction: Prediction, targets: Tensor, n_bootstrap: int = 200, se
 def _classification(prediction: ClassificationPrediction, labels: Tensor, n_bootstrap: int, seed: int) -> Scores:
     from sklearn.metrics import accuracy_score, brier_score_loss, log_loss
 
-    prediction = ClassificationPrediction(
-        *(t.detach().cpu().flatten(0, -2) for t in (prediction.probs, prediction.logit_mean, prediction.logit_variance))
-    )
+    prediction = tree_map(lambda t: t.detach().cpu().flatten(0, -2), prediction)
     labels = labels.flatten()
     check_targets(prediction.probs, labels, "classification")
     probs = prediction.probs.double()
@@ -79,7 +78,7 @@ def _classification(prediction: ClassificationPrediction, labels: Tensor, n_boot
     observed = labels.numpy()
     classes = np.arange(probs.shape[1])
     nll = float(log_loss(observed, probs, labels=classes))
-    brier = float(brier_score_loss(observed, probs, labels=classes, scale_by_half=False))
+    brier = float(brier_score_loss(observed, probs, labels=classes, scale_by_half=False))  # type: ignore[arg-type]
     scores = {
         "accuracy": Estimate(float(accuracy_score(observed, prediction.labels.numpy())), _standard_error(right)),
         "nll": Estimate(nll, _standard_error(log_scores(prediction, labels).numpy())),
@@ -123,7 +122,9 @@ def bootstrap(
     rng = np.random.default_rng(seed)
     values = figures(np.arange(n_rows))
     resampled = [figures(rng.integers(0, n_rows, n_rows)) for _ in range(n_bootstrap)]
-    spread = {name: float(np.std([r[name] for r in resampled], ddof=1)) if n_bootstrap > 1 else np.nan for name in values}
+    spread = {
+        name: float(np.std([r[name] for r in resampled], ddof=1)) if n_bootstrap > 1 else np.nan for name in values
+    }
     return {name: Estimate(value, spread[name]) for name, value in values.items()}
 
 

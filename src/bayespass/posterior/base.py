@@ -103,7 +103,7 @@ class Posterior(ABC):
         """Names of the random parameters."""
         return tuple(self.mean)
 
-    def log_prob(self, parameters: Mapping[str, Tensor]) -> Tensor:  # noqa: ARG002
+    def log_prob(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """Log density of parameter values, in nats.
 
         Raises:
@@ -122,7 +122,7 @@ class Posterior(ABC):
 
         Raises:
             PosteriorMismatch: names or shapes do not fit the model.
-        """  # noqa: DOC502
+        """
         self.check_model(model)
         manifest = {
             "kind": self.kind,
@@ -145,7 +145,7 @@ class Posterior(ABC):
             FileNotFoundError: there is no such file.
             InvalidPosteriorFile: the file is damaged, foreign, or of an unknown kind.
             PosteriorMismatch: names, shapes, frozen weights or buffers differ.
-        """  # noqa: DOC502
+        """
         tensors, manifest = store.read(path)
         kind = Posterior._KINDS.get(manifest.get("kind", ""))
         if kind is None:

@@ -86,9 +86,15 @@ class IVON(Optimizer):
         if not all(0 <= beta < 1 for beta in betas):
             msg = f"betas must lie in [0, 1); got {betas}"
             raise InvalidInput(msg)
-        settings = {"lr": lr, "hess_init": hess_init, "beta1": betas[0], "beta2": betas[1], "clip_radius": clip_radius}
-        settings["clip_radius"] = "inf" if clip_radius == float("inf") else clip_radius
-        settings.update(rescale_lr=rescale_lr, seed=seed)
+        settings = {
+            "lr": lr,
+            "hess_init": hess_init,
+            "beta1": betas[0],
+            "beta2": betas[1],
+            "clip_radius": "inf" if clip_radius == float("inf") else clip_radius,
+            "rescale_lr": rescale_lr,
+            "seed": seed,
+        }
         self.info = PosteriorInfo(
             likelihood, int(n_data), float(prior_precision), float(temperature), sigma_noise, "ivon", settings
         )

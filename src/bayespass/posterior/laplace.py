@@ -127,7 +127,14 @@ class Laplace:
             InvalidInput: an empty loader, targets that do not fit, or a curvature that is not finite.
         """
         values, loss, n_data = diagonal_curvature(
-            self.model, train_loader, self.names, self.likelihood, self.sigma_noise, self.curvature, chunk_size, progress
+            self.model,
+            train_loader,
+            self.names,
+            self.likelihood,
+            self.sigma_noise,
+            self.curvature,
+            chunk_size,
+            progress,
         )
         for name, value in values.items():
             if not torch.isfinite(value).all():
@@ -144,16 +151,14 @@ class Laplace:
 
         Raises:
             NotFitted: before `fit`.
-        """  # noqa: DOC502
+        """
         curvature = self._fitted()
         a0 = self.prior_precision if prior_precision is None else float(prior_precision)
         parameters = dict(self.model.named_parameters())
         mean = {name: parameters[name].detach().float().clone() for name in self.names}
         variance = {name: self.temperature / (value + a0) for name, value in curvature.items()}
         settings = {"hessian_structure": self.hessian_structure, "curvature": self.curvature}
-        info = PosteriorInfo(
-            self.likelihood, self.n_data_, a0, self.temperature, self.sigma_noise, "laplace", settings
-        )
+        info = PosteriorInfo(self.likelihood, self.n_data_, a0, self.temperature, self.sigma_noise, "laplace", settings)
         return DiagonalGaussian(mean, variance, info)
 
     def log_marginal_likelihood(self, prior_precision: float | None = None) -> float:
@@ -166,7 +171,7 @@ class Laplace:
 
         Raises:
             NotFitted: before `fit`.
-        """  # noqa: DOC502
+        """
         curvature = self._fitted()
         a0 = self.prior_precision if prior_precision is None else float(prior_precision)
         parameters = dict(self.model.named_parameters())
@@ -205,7 +210,7 @@ class Laplace:
         Warns:
             UserWarning: the best lies at an end of the grid, or the posterior does not beat the
                 mean network or a temperature.
-        """  # noqa: DOC502
+        """
         self._fitted()
         values = tuple(sorted(float(value) for value in grid))
         if not values or values[0] <= 0:
@@ -237,9 +242,7 @@ class Laplace:
         verdict = _verdict(values[best], scores[best], at_edge, map_score, temperature_score)
         if at_edge or "does not beat" in verdict:
             warnings.warn(verdict, UserWarning, stacklevel=2)
-        return PriorTuning(
-            method, values, tuple(scores), values[best], at_edge, map_score, temperature_score, verdict
-        )
+        return PriorTuning(method, values, tuple(scores), values[best], at_edge, map_score, temperature_score, verdict)
 
     def _fitted(self) -> dict[str, Tensor]:
         if self.curvature_ is None:
@@ -261,9 +264,7 @@ def _score(prediction: Prediction, targets: Tensor) -> float:
     return float(log_scores(prediction, targets).mean())
 
 
-def _verdict(
-    best: float, score: float, at_edge: bool, map_score: float | None, temperature_score: float | None
-) -> str:
+def _verdict(best: float, score: float, at_edge: bool, map_score: float | None, temperature_score: float | None) -> str:
     parts = [f"prior_precision = {best:.3g}, score {score:.4f}"]
     if at_edge:
         parts.append("this is the edge of the grid: widen it, the optimum may lie beyond")
@@ -271,7 +272,9 @@ def _verdict(
         rivals = {"the MAP network": map_score, "a temperature": temperature_score}
         lost = [f"{name} ({value:.4f})" for name, value in rivals.items() if value is not None and value <= score]
         parts.append(
-            f"the posterior does not beat {' or '.join(lost)} on these data" if lost else "the posterior beats "
+            f"the posterior does not beat {' or '.join(lost)} on these data"
+            if lost
+            else "the posterior beats "
             + " and ".join(f"{name} ({value:.4f})" for name, value in rivals.items() if value is not None)
         )
     return "; ".join(parts)

@@ -32,7 +32,10 @@ class DiagonalGaussian(Posterior):
         self, mean: Mapping[str, Tensor], variance: Mapping[str, Tensor], info: PosteriorInfo | None = None
     ) -> None:
         if set(mean) != set(variance) or not mean:
-            msg = f"mean and variance need the same parameter names, at least one; got {sorted(mean)} and {sorted(variance)}"
+            msg = (
+                f"mean and variance need the same parameter names, at least one; "
+                f"got {sorted(mean)} and {sorted(variance)}"
+            )
             raise InvalidInput(msg)
         for name, value in mean.items():
             spread = variance[name]

@@ -31,7 +31,8 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b"")
+        if tensor.numel():
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -70,7 +71,9 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
         msg = f"{path} is not a readable safetensors file ({error}); it is damaged or of another kind. Save it again"
         raise InvalidPosteriorFile(msg) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        msg = f"{path} holds no bayespass posterior; it was written by something else. Write one with posterior.save(...)"
+        msg = (
+            f"{path} holds no bayespass posterior; it was written by something else. Write one with posterior.save(...)"
+        )
         raise InvalidPosteriorFile(msg)
     if manifest.get("format_version") != FORMAT_VERSION:
         msg = f"{path} has posterior format {manifest.get('format_version')}; this version reads {FORMAT_VERSION}"

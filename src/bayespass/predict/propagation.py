@@ -94,14 +94,14 @@ class SinglePass(nn.Module):
         """
         check_eval(self.model)
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        gaussian = {
+        gaussian: dict[str, Tensor] = {
             name: GaussianTensor(Moments(parameters[name], getattr(self, _buffer_name(name))), self.approximation)
             for name in self.names
         }
         try:
             output = functional_call(self.model, gaussian, args, kwargs)
         except UnsupportedOp as error:
-            raise _located(error, self.model) from error
+            raise UnsupportedOp(_located(error, self.model)) from error
         moments = as_moments(unwrap(model_output(output), []))
         variance = torch.zeros_like(moments.mean) if moments.var is None else moments.var
         return moments.mean, variance
@@ -176,7 +176,8 @@ def _checked_scales(
         raise InvalidInput(msg)
     for path, factor in (scales or {}).items():
         if path not in known:
-            msg = f"scales name {path!r}, which is no site of this model; sites are {', '.join(map(repr, known[:5]))}, ..."
+            shown = ", ".join(map(repr, known[:5]))
+            msg = f"scales name {path!r}, which is no site of this model; sites are {shown}, ..."
             raise InvalidInput(msg)
         if not 0 < factor < float("inf"):
             msg = f"the scale of site {path!r} must be positive and finite; got {factor}"
@@ -206,14 +207,18 @@ def _take_whole(module: nn.Module) -> None:
     module.forward = types.MethodType(forward, module)
 
 
-def _located(error: UnsupportedOp, model: nn.Module) -> UnsupportedOp:
-    """The error with the place in the user's model and the remedy, read off the traceback."""
+def _located(error: UnsupportedOp, model: nn.Module) -> str:
+    """The message with the place in the user's model and the remedy, read off the traceback."""
     paths = {id(module): path for path, module in model.named_modules()}
     path, line, trace = None, "", error.__traceback__
     while trace is not None:
         frame = trace.tb_frame
         owner = frame.f_locals.get("self")
-        if isinstance(owner, nn.Module) and id(owner) in paths and frame.f_code.co_name not in ("_call_impl", "_wrapped_call_impl"):
+        if (
+            isinstance(owner, nn.Module)
+            and id(owner) in paths
+            and frame.f_code.co_name not in ("_call_impl", "_wrapped_call_impl")
+        ):
             path = f"{paths[id(owner)] or 'the model'} ({type(owner).__name__})"
             line = f", {frame.f_code.co_filename}:{trace.tb_lineno}"
         trace = trace.tb_next
@@ -222,5 +227,4 @@ def _located(error: UnsupportedOp, model: nn.Module) -> UnsupportedOp:
         "Register one with @bayespass.rule(operation), take the block whole with @bayespass.module_rule(Class), "
         "or leave the parameters before it out: posterior.subset(...)"
     )
-    return UnsupportedOp(f"{error}{where}. {remedy}")
-
+    return f"{error}{where}. {remedy}"

@@ -47,17 +47,16 @@ class MonteCarlo(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Prediction:
         """The prediction for one batch, called as the model is called."""
         classification = self.info.likelihood == "classification"
-        mean = square = probs = None
-        for count, output in enumerate(self.outputs(*args, **kwargs), start=1):
-            if mean is None:
-                mean, square, probs = output, torch.zeros_like(output), torch.zeros_like(output)
-            else:
-                gap = output - mean
-                mean = mean + gap / count
-                square = square + gap * (output - mean)
+        outputs = self.outputs(*args, **kwargs)
+        mean = next(outputs)
+        probs = torch.softmax(mean, -1) if classification else mean
+        square = torch.zeros_like(mean)
+        for count, output in enumerate(outputs, start=2):
+            gap = output - mean
+            mean = mean + gap / count
+            square = square + gap * (output - mean)
             if classification:
                 probs = probs + (torch.softmax(output, -1) - probs) / count
-        assert mean is not None and square is not None and probs is not None  # n_samples >= 2
         variance = square / (self.n_samples - 1)
         method, notes = f"mc{self.n_samples}", (f"{self.n_samples} draws, seed {self.seed}",)
         if classification:
@@ -122,4 +121,3 @@ def _regression(
 ) -> RegressionPrediction:
     noise = torch.full_like(mean, float(info.sigma_noise or 0.0) ** 2)
     return RegressionPrediction(mean, epistemic, noise, method, notes)
-

@@ -24,7 +24,7 @@ def snapshot(model: nn.Module, posterior: Posterior) -> nn.Module:
         PosteriorMismatch: names or shapes do not fit.
         InvalidInput: the model is in training mode, cannot be copied, or has weights that are not
             finite.
-    """  # noqa: DOC502
+    """
     posterior.check_model(model)
     check_eval(model)
     shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}

@@ -89,7 +89,9 @@ def draw_images(
         InvalidInput: numbers of axes, images and captions differ.
     """
     if not len(axes) == len(images) == len(captions):
-        msg = f"one axis and one caption per image; got {len(axes)} axes, {len(images)} images, {len(captions)} captions"
+        msg = (
+            f"one axis and one caption per image; got {len(axes)} axes, {len(images)} images, {len(captions)} captions"
+        )
         raise InvalidInput(msg)
     for index, axis in enumerate(axes):
         axis.imshow(images[index], cmap="gray_r", interpolation="nearest")

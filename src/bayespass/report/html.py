@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bayespass.files import write_text
 from bayespass.evaluate.compare import Comparison
+from bayespass.files import write_text
 from bayespass.report.table import table_caption, table_cells
 
 

@@ -4,11 +4,17 @@ import math
 from dataclasses import asdict
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from bayespass.evaluate.compare import Comparison, ComparisonRow
 
-LABELS = {"map": "MAP (deterministic)", "streamlined": "streamlined", "cvp": "CVP", "cvp_uncalibrated": "CVP, uncalibrated"}
+LABELS = {
+    "map": "MAP (deterministic)",
+    "streamlined": "streamlined",
+    "cvp": "CVP",
+    "cvp_uncalibrated": "CVP, uncalibrated",
+}
 
 
 def predictor_label(row: ComparisonRow, comparison: Comparison) -> str:
@@ -39,28 +45,36 @@ def comparison_rows(comparison: Comparison) -> list[dict[str, Any]]:
 def table_cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Headings and formatted cells; a figure that does not apply is a dash."""
     classification = comparison.gap_metric == "aurc"
-    scored = (
-        [("accuracy", "accuracy %", 100), ("nll", "NLL", 1), ("ece", "ECE %", 100), ("aurc", "AURC %", 100)]
-        + [(f"coverage_at_{risk}", f"cov@{risk}% risk", 100) for risk in ("0.5", "1", "5")]
+    scored = (  # name, heading, factor, digits
+        [("accuracy", "acc %", 100, 1), ("nll", "NLL", 1, 3), ("ece", "ECE %", 100, 1), ("aurc", "AURC %", 100, 2)]
+        + [(f"coverage_at_{risk}", f"cov@{risk}%", 100, 1) for risk in ("0.5", "1", "5")]
         if classification
-        else [("rmse", "RMSE", 1), ("nll", "NLL", 1), ("coverage_95", "inside 95 % interval", 100)]
+        else [("rmse", "RMSE", 1, 3), ("nll", "NLL", 1, 3), ("coverage_95", "in 95 % interval", 1, 3)]
     )
-    headings = ["predictor", *(title for _, title, _ in scored), "gap closed %", "KL to MC", "variance / MC", "Spearman", "cost"]
+    headings = [
+        "predictor",
+        *(title for _, title, _, _ in scored),
+        "gap closed %",
+        "KL to MC",
+        "var/MC",
+        "Spearman",
+        "cost",
+    ]
     body = []
     for row in comparison.rows:
         cells = [predictor_label(row, comparison)]
-        for name, _, factor in scored:
+        for name, _, factor, digits in scored:
             estimate = row.scores[name]
-            cells.append(_with_error(factor * estimate.value, factor * estimate.standard_error))
-        cells.append(_with_error(100 * row.gap_closed, 100 * row.gap_closed_error, digits=0))
+            cells.append(_with_error(factor * estimate.value, factor * estimate.standard_error, digits))
+        cells.append(_with_error(100 * row.gap_closed, 100 * row.gap_closed_error, 0))
         found = row.agreement
         if found is None:
             cells += ["0", "1", "1"]
         else:
             cells += [
-                _with_error(found.kl, found.kl_standard_error, digits=3),
-                _with_error(found.variance_ratio, found.variance_ratio_standard_error),
-                _with_error(found.spearman, found.spearman_standard_error),
+                _with_error(found.kl, found.kl_standard_error, 3),
+                _with_error(found.variance_ratio, found.variance_ratio_standard_error, 2),
+                _with_error(found.spearman, found.spearman_standard_error, 2),
             ]
         cells.append(f"{row.cost_ratio:.1f}x")
         body.append(cells)
@@ -75,7 +89,14 @@ def comparison_table(comparison: Comparison, title: str) -> Table:
         title: above the table.
     """
     headings, body = table_cells(comparison)
-    table = Table(title=title, caption=table_caption(comparison), title_justify="left", caption_justify="left")
+    table = Table(
+        title=title,
+        caption=table_caption(comparison),
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "predictor" else "right", no_wrap=heading == "predictor")
     for cells in body:
@@ -89,19 +110,20 @@ def table_caption(comparison: Comparison) -> str:
     value = 100 * comparison.gap if comparison.gap_metric == "aurc" else comparison.gap
     helps = "averaging helps" if low > 0 else "the interval includes zero: averaging does not measurably help here"
     return (
-        f"± is one standard error over {len(comparison.targets)} rows; MC-S rows are means over groups of draws. "
+        f"± is one standard error over {len(comparison.targets)} rows; MC-S rows are means over groups of draws; "
+        f"cov@r% is the share answered at r % risk. "
         f"{comparison.gap_metric.upper()} gap of MAP to MC-{comparison.n_reference}: {value:.3f} "
         f"[{low:.3f}, {high:.3f}], {helps}. Cost is relative to the deterministic forward of the same "
         f"{comparison.batch_rows} rows, eager, {comparison.forward_seconds * 1000:.1f} ms."
     )
 
 
-def _with_error(value: float, error: float, digits: int = 2) -> str:
+def _with_error(value: float, error: float, digits: int) -> str:
     if not math.isfinite(value):
         return "–"
     if not math.isfinite(error):
         return f"{value:.{digits}f}"
-    return f"{value:.{digits}f} ±{error:.{digits}f}"
+    return f"{value:.{digits}f}±{error:.{digits}f}"
 
 
 def _finite(value: float) -> float | None:

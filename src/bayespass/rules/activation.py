@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bayespass.approximation import Approximation
-from bayespass.moments import Moments, linearise
+from bayespass.moments import Moments, in_float32, linearise
 from bayespass.rules.registry import Accuracy, in_place, rule
 
 # sigmoid(x) ~ sum_k p_k Phi(l_k x), largest error 4.8e-5 (single_pass notes 3.2).
@@ -58,17 +58,14 @@ def _elementwise(
     derivative: Callable[[Tensor], Tensor],
     matched: Callable[[Tensor, Tensor], Pair],
 ) -> Moments:
-    """One activation under either approximation; half precision is computed in float32."""
-    dtype = x.mean.dtype
-    half = dtype in (torch.float16, torch.bfloat16)
-    wide = Moments(*(field.float() if half and field is not None else field for field in (x.mean, x.var)))
-    if approximation.activation == "linear" or wide.var is None:
-        result = linearise(value(wide.mean), derivative(wide.mean), wide)
-    else:
-        result = Moments(*matched(wide.mean, wide.var))
-    if not half:
-        return result
-    return Moments(result.mean.to(dtype), None if result.var is None else result.var.to(dtype))
+    """One activation under either approximation."""
+
+    def compute(m: Tensor, v: Tensor) -> Moments:
+        if approximation.activation == "linear":
+            return linearise(value(m), derivative(m), Moments(m, v))
+        return Moments(*matched(m, v))
+
+    return in_float32(compute, x)
 
 
 def _gelu_terms(m: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -153,9 +150,7 @@ def relu(input: Moments, *, approximation: Approximation) -> Moments:
 
     Linear within 0.45 output sd and 0.75 of the variance. Source: single_pass notes 3.2.
     """
-    return _elementwise(
-        input, approximation, F.relu, lambda m: (m > 0).to(m.dtype), lambda m, v: _rectified(m, v, 0.0)
-    )
+    return _elementwise(input, approximation, F.relu, lambda m: (m > 0).to(m.dtype), lambda m, v: _rectified(m, v, 0.0))
 
 
 def _sigmoid_terms(m: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

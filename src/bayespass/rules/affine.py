@@ -77,9 +77,7 @@ def addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1
     return add(product, scale(as_moments(input), beta))
 
 
-@rule(
-    torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__, knows_shared=True
-)
+@rule(torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__, knows_shared=True)
 def matmul(input: Any, other: Any, *, out: None = None) -> Moments:
     """A @ b: v = m_a^2 V_b + v_a (m_b^2 + V_b). Exact for independent entries.
 

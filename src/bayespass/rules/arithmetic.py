@@ -140,4 +140,3 @@ def _tensor_like(value: Any, other: Any) -> Any:
         return value
     like = as_moments(other).mean
     return torch.as_tensor(value, device=like.device, dtype=torch.result_type(like, value))
-

@@ -25,7 +25,7 @@ from bayespass.rules.registry import Accuracy, rule
 
 @rule(torch.softmax, F.softmax, Tensor.softmax, torch.special.softmax, accuracy=Accuracy(0.4, 0.4))
 def softmax(input: Moments, dim: int, dtype: torch.dtype | None = None, *, _stacklevel: int = 3) -> Moments:
-    """P = softmax(m), first order for independent scores: v_i = p_i^2 ((1 - 2 p_i) v_i + sum_j p_j^2 v_j).
+    """First order at P = softmax(m), for independent scores: v_i = p_i^2 ((1 - 2 p_i) v_i + sum_j p_j^2 v_j).
 
     Bounds (mean in output sd, variance relative): 0.4 and 0.4 for score sd up to 1; both vanish
     with the score variance. `scores` carries v for attention written out.
@@ -81,16 +81,19 @@ def scaled_dot_product_attention(
     if dropout_p:
         msg = "no Gaussian rule for attention dropout; call model.eval() before predicting"
         raise UnsupportedOp(msg)
-    q, k, v, mask = (as_moments(part).mean if part is not None else None for part in (query, key, value, attn_mask))
-    values = as_moments(value)
+    q, k, values = as_moments(query).mean, as_moments(key).mean, as_moments(value)
+    mask = None if attn_mask is None else as_moments(attn_mask).mean
     if values.var is None:
+        v = values.mean
         return Moments(
             F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
         )
     if enable_gqa:
         groups = q.shape[-3] // k.shape[-3]
         k = k.repeat_interleave(groups, -3)
-        fields = (None if f is None else f.repeat_interleave(groups, -3) for f in (values.mean, values.var, values.shared))
+        fields = (
+            None if f is None else f.repeat_interleave(groups, -3) for f in (values.mean, values.var, values.shared)
+        )
         values = Moments(*fields)  # type: ignore[arg-type]
     return weighted_values(_attention_weights(q, k, mask, is_causal, scale), values)
 

@@ -16,13 +16,19 @@ from bayespass.errors import UnsupportedOp
 from bayespass.moments import Moments, as_moments, move
 from bayespass.rules.registry import refuse_out, rule
 
+
+def _getter(name: str) -> Callable[..., Any]:
+    """How reading an attribute of a tensor arrives."""
+    return getattr(Tensor, name).__get__
+
+
 # fmt: off
 MOVES: tuple[tuple[Callable[..., Any], ...], ...] = (
     (Tensor.reshape, torch.reshape), (Tensor.view,), (Tensor.view_as,), (Tensor.reshape_as,),
     (Tensor.flatten, torch.flatten), (Tensor.unflatten, torch.unflatten), (Tensor.ravel, torch.ravel),
     (Tensor.transpose, torch.transpose), (Tensor.swapaxes, torch.swapaxes), (Tensor.swapdims, torch.swapdims),
     (Tensor.permute, torch.permute), (Tensor.movedim, torch.movedim), (Tensor.moveaxis, torch.moveaxis),
-    (Tensor.t, torch.t), (Tensor.T.__get__,), (Tensor.mT.__get__,), (Tensor.H.__get__,), (Tensor.mH.__get__,),
+    (Tensor.t, torch.t), (_getter("T"),), (_getter("mT"),), (_getter("H"),), (_getter("mH"),),
     (Tensor.unsqueeze, torch.unsqueeze), (Tensor.squeeze, torch.squeeze), (Tensor.expand,), (Tensor.expand_as,),
     (Tensor.broadcast_to, torch.broadcast_to), (Tensor.repeat,), (Tensor.repeat_interleave, torch.repeat_interleave),
     (Tensor.tile, torch.tile), (Tensor.flip, torch.flip), (Tensor.roll, torch.roll), (Tensor.rot90, torch.rot90),

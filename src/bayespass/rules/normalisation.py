@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from bayespass.approximation import Approximation
 from bayespass.errors import UnsupportedOp
-from bayespass.moments import Moments, add, as_moments, bilinear, scale
+from bayespass.moments import Moments, add, as_moments, bilinear, in_float32, scale
 from bayespass.rules.registry import Accuracy, rule
 
 
@@ -126,7 +126,8 @@ def layer_norm(
     if x.var is None:
         return _gain_and_shift(Moments(F.layer_norm(x.mean, normalized_shape, eps=eps)), weight, bias)
     axes = tuple(range(-len(normalized_shape), 0))
-    return _gain_and_shift(_standardise(x.mean, x.var, axes, eps, approximation.norm), weight, bias)
+    standardised = in_float32(lambda m, v: _standardise(m, v, axes, eps, approximation.norm), x)
+    return _gain_and_shift(standardised, weight, bias)
 
 
 def _standardise(m: Tensor, v: Tensor, axes: tuple[int, ...], eps: float, norm: str) -> Moments:

@@ -9,7 +9,7 @@ Source: single_pass notes 3.1.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,11 +18,11 @@ from torch.nn import functional as F
 
 from bayespass.approximation import Approximation
 from bayespass.errors import UnsupportedOp
-from bayespass.moments import Moments, average, move
+from bayespass.moments import Moments, average, in_float32, move
 from bayespass.rules.activation import normal_cdf, normal_pdf, standardised
 from bayespass.rules.registry import Accuracy, rule
 
-Size = int | Sequence[int]
+Size = Any  # an int, or one for each axis, as PyTorch takes it
 
 
 def _pair(size: Size) -> tuple[int, int]:
@@ -31,7 +31,7 @@ def _pair(size: Size) -> tuple[int, int]:
 
 @rule(torch.mean, Tensor.mean, knows_shared=True)
 def mean(input: Moments, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, out: None = None) -> Moments:
-    """Mean of n entries: v = mean(sqrt(shared))^2 + mean(v - shared) / n. Exact under independence."""
+    """Average of n entries: v = mean(sqrt(shared))^2 + mean(v - shared) / n. Exact under independence."""
 
     def averaged(t: Tensor) -> Tensor:
         return t.mean(dim, keepdim=keepdim, dtype=dtype)
@@ -123,12 +123,11 @@ def max_pool1d(
 ) -> Moments:  # fmt: skip
     """Maxima along the length; bounds as for `max_pool2d`: 0.06 and 0.15 matched, 1.0 and 1.1 linear."""
     k, s, p, d = (
-        value if isinstance(value, int) else value[0] for value in (kernel_size, stride or kernel_size, padding, dilation)
+        value if isinstance(value, int) else value[0]
+        for value in (kernel_size, stride or kernel_size, padding, dilation)
     )
     image = move(torch.unsqueeze, input, -2)
-    pooled = max_pool2d(
-        image, (1, k), (1, s), (0, p), (1, d), ceil_mode, return_indices, approximation=approximation
-    )
+    pooled = max_pool2d(image, (1, k), (1, s), (0, p), (1, d), ceil_mode, return_indices, approximation=approximation)
     return move(torch.squeeze, pooled, -2)
 
 
@@ -154,7 +153,8 @@ def max_pool2d(
     if ceil_mode:
         msg = "no Gaussian rule for max_pool with ceil_mode=True under matched moments"
         raise UnsupportedOp(msg)
-    return _windowed_maximum(input.mean, input.var, _pair(kernel_size), _pair(stride or kernel_size), padding, dilation)
+    kernel, strides = _pair(kernel_size), _pair(stride or kernel_size)
+    return in_float32(lambda m, v: _windowed_maximum(m, v, kernel, strides, padding, dilation), input)
 
 
 def _pick(field: Tensor, where: Tensor) -> Tensor:

@@ -92,9 +92,15 @@ def check_rule(
         assert bool((variance >= 0).all()), f"{name}: negative variance {float(variance.min())}"
         errors = _worst(errors, _errors(result.mean, variance, sample))
     if accuracy.exact:
-        assert errors.z_mean < Z_LIMIT, f"{name}: declared exact, but the mean is {errors.z_mean:.1f} standard errors off"
-        assert errors.z_variance < Z_LIMIT, f"{name}: declared exact, but the variance is {errors.z_variance:.1f} se off"
-        assert errors.rare <= RARE, f"{name}: declared exact, but {errors.rare:.3f} of the output spread off in the tails"
+        assert errors.z_mean < Z_LIMIT, (
+            f"{name}: declared exact, but the mean is {errors.z_mean:.1f} standard errors off"
+        )
+        assert errors.z_variance < Z_LIMIT, (
+            f"{name}: declared exact, but the variance is {errors.z_variance:.1f} se off"
+        )
+        assert errors.rare <= RARE, (
+            f"{name}: declared exact, but {errors.rare:.3f} of the output spread off in the tails"
+        )
     else:
         assert errors.mean <= accuracy.mean, f"{name}: mean error {errors.mean:.3f} above its bound {accuracy.mean}"
         assert errors.variance <= accuracy.variance, (
@@ -116,7 +122,7 @@ def check_rule_gradient(
 
     Raises:
         GradcheckError: a gradient differs from finite differences.
-    """  # noqa: DOC502
+    """
     leaves, spec = _flatten((args, kwargs))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Moments)]
 
@@ -129,9 +135,7 @@ def check_rule_gradient(
         return tuple(field for r in results for field in (r.mean, r.var) if field is not None)
 
     inputs = [
-        field.detach().clone().requires_grad_()
-        for place in places
-        for field in (leaves[place].mean, leaves[place].var)
+        field.detach().clone().requires_grad_() for place in places for field in (leaves[place].mean, leaves[place].var)
     ]
     assert torch.autograd.gradcheck(moments_of, inputs, eps=1e-6, atol=1e-6)
 

@@ -1,0 +1,47 @@
+# `make demo` and `make test` set themselves up on a fresh machine; everything lives in .venv.
+VENV := .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export BAYESPASS_DATA ?= ../shared/data
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test slow-test lint format benchmark-demo clean
+
+help: ## Show this list.
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
+
+setup: $(READY) ## Make .venv with the pinned CPU build of torch and everything else.
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "bayespass needs Python 3.11 or newer; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable . --group dev
+	@touch $(READY)
+
+demo: $(READY) ## Train, get a posterior, predict in one pass, compare with Monte Carlo, write output/demo/report.html.
+	$(BIN)/bayespass demo
+
+test: $(READY) ## Run the tests.
+	$(BIN)/python -m pytest
+
+slow-test: $(READY) ## Run the tests that take minutes.
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY) ## Check style, types and hooks.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(READY) ## Fix what style checks can fix.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmark-demo: $(READY) ## Run the demo's comparison over three seeds; writes benchmarks/results/demo.json, the picture and the table of the README.
+	$(BIN)/python benchmarks/demo.py
+	$(BIN)/python benchmarks/readme.py
+
+clean: ## Remove the environment and every output.
+	rm -rf $(VENV) output

@@ -1,0 +1,108 @@
+import pytest
+import torch
+from torch import nn
+
+from bayespass import DiagonalGaussian, InvalidInput, MonteCarlo, PosteriorInfo, VarianceScales, compare, evaluate
+from bayespass.report.table import comparison_rows, comparison_table, table_cells
+
+
+@pytest.fixture(scope="module")
+def problem():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 3)).eval()
+    inputs = torch.randn(120, 4)
+    labels = torch.distributions.Categorical(logits=3 * model(inputs).detach()).sample()
+    mean = {name: p.detach() for name, p in model.named_parameters()}
+    posterior = DiagonalGaussian(mean, {name: torch.full_like(p, 0.04) for name, p in mean.items()})
+    return model, posterior, list(zip(inputs.split(50), labels.split(50), strict=True))
+
+
+@pytest.fixture(scope="module")
+def comparison(problem):
+    scales = {"cvp": VarianceScales({"": 1.2}, "cvp")}
+    return compare(
+        *problem, ("map", "mc4", "streamlined", "cvp_uncalibrated", "cvp"), scales, n_reference=20, n_bootstrap=20
+    )
+
+
+def test_rows_are_what_they_say(comparison, problem):
+    model, posterior, loader = problem
+    inputs, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
+    reference = MonteCarlo(model, posterior, 20)(inputs)
+    row = comparison.row("mc20")
+    torch.testing.assert_close(row.prediction.probs, reference.probs)
+    assert row.scores["nll"].value == pytest.approx(evaluate(reference, labels)["nll"].value, rel=1e-5)
+    assert (row.agreement, row.gap_closed) == (None, 1.0)
+    assert comparison.row("map").gap_closed == 0.0
+    assert comparison.gap == pytest.approx(comparison.row("map").scores["aurc"].value - row.scores["aurc"].value)
+    low, high = comparison.gap_interval
+    assert low <= comparison.gap <= high
+    assert comparison.batch_rows == 50
+    assert all(r.cost_ratio > 0 for r in comparison.rows)
+
+
+def test_monte_carlo_rows_are_means_over_groups_with_their_error(comparison, problem):
+    model, posterior, loader = problem
+    inputs, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
+    draws = torch.stack(list(MonteCarlo(model, posterior, 20).outputs(inputs)))
+    nlls = torch.tensor([-g.softmax(-1).mean(0).gather(-1, labels[:, None]).log().mean() for g in draws.split(4)])
+    row = comparison.row("mc4")
+    assert row.scores["nll"].value == pytest.approx(nlls.mean().item(), rel=1e-4)
+    assert row.draw_errors["nll"] == pytest.approx((nlls.std() / 5**0.5).item(), rel=1e-3)
+    assert comparison.row("mc20").draw_errors["nll"] > 0
+    assert comparison.row("cvp").draw_errors == {}
+
+
+def test_scales_are_used_where_they_belong(comparison):
+    scaled, plain = (comparison.row(n).prediction.logit_variance for n in ("cvp", "cvp_uncalibrated"))
+    torch.testing.assert_close(scaled, 1.2 * plain)
+
+
+def test_tables_show_every_row(comparison):
+    headings, body = table_cells(comparison)
+    assert len(body) == len(comparison.rows) == 6
+    assert all(len(cells) == len(headings) for cells in body)
+    assert body[0][0] == "MAP (deterministic)"
+    assert comparison_table(comparison, "title").row_count == 6
+    rows = comparison_rows(comparison)
+    assert rows[0]["agreement"]["spearman"] is None
+    assert rows[-1]["aurc_gap_closed"] == 1.0
+
+
+def test_regression_is_compared_on_nll():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 1)).eval()
+    mean = {name: p.detach() for name, p in model.named_parameters()}
+    info = PosteriorInfo("regression", sigma_noise=0.2)
+    posterior = DiagonalGaussian(mean, {name: torch.full_like(p, 0.01) for name, p in mean.items()}, info)
+    inputs = torch.randn(40, 3)
+    result = compare(
+        model, posterior, [(inputs, model(inputs).detach() + 0.2)], ("map", "cvp"), n_reference=20, n_bootstrap=10
+    )
+    assert result.gap_metric == "nll"
+    assert set(result.row("cvp").scores) == {"nll", "rmse", "coverage_95", "interval_width_95"}
+    assert comparison_table(result, "title").row_count == 3
+
+
+def test_mistakes(problem):
+    model, posterior, loader = problem
+    for name in ("mc1", "mc300", "exact"):
+        with pytest.raises(InvalidInput, match=f"unknown predictor '{name}'"):
+            compare(model, posterior, loader, (name,), n_reference=20)
+    with pytest.raises(InvalidInput, match="no batch"):
+        compare(model, posterior, [])
+    with pytest.raises(InvalidInput, match="every batch must be"):
+        compare(model, posterior, [torch.randn(3, 4)])
+
+
+def test_memory_is_bounded(problem, monkeypatch):
+    import sys
+
+    monkeypatch.setattr(sys.modules["bayespass.evaluate.compare"], "MAX_DRAWS_BYTES", 1000)
+    with pytest.raises(InvalidInput, match="fewer rows or lower n_reference"):
+        compare(*problem, ("map",), n_reference=20)
+
+
+def test_an_unknown_row_is_named(comparison):
+    with pytest.raises(InvalidInput, match="'mc5' was not compared"):
+        comparison.row("mc5")

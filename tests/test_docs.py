@@ -1,0 +1,66 @@
+"""Every Python block of the README and of docs/ runs, in order, file by file."""
+
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from bayespass.rules import registry
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^( *)```python\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page):
+    return [textwrap.dedent(code) for _, code in BLOCK.findall(page.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: p.name)
+def test_snippets_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = dict(registry._RULES)
+    namespace = {}
+    try:
+        for code in blocks(page):
+            exec(compile(code, str(page), "exec"), namespace)
+    finally:
+        registry._RULES.clear()
+        registry._RULES.update(before)
+
+
+def test_the_readme_has_code_and_local_links_exist():
+    assert blocks(ROOT / "README.md")
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_docstrings_link_to_headings_that_exist():
+    headings = re.findall(r"^## (.+)$", (ROOT / "docs" / "assumptions.md").read_text(encoding="utf-8"), re.MULTILINE)
+    anchors = {heading.lower().replace(" ", "-") for heading in headings}
+    used = set()
+    for file in (ROOT / "src").rglob("*.py"):
+        used |= set(re.findall(r"docs/assumptions\.md#([a-z-]+)", file.read_text(encoding="utf-8")))
+    assert used
+    assert used <= anchors
+
+
+def test_the_readme_table_is_the_result_file():
+    """`make benchmark-demo` wrote both; a number typed by hand would differ."""
+    import importlib.util
+    import json
+    import sys
+
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        spec = importlib.util.spec_from_file_location("readme", ROOT / "benchmarks" / "readme.py")
+        readme = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(readme)
+    finally:
+        sys.path.pop(0)
+    result = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text(encoding="utf-8"))
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme.with_table(text, readme.demo_table(result)) == text
