@@ -113,6 +113,7 @@ def avg_pool2d(
     return average(pool, lambda t: pool(t) * weight, input)
 
 
+Entry = tuple[Tensor, Tensor, Tensor | None]  # mean, variance, and whether inside the image
 MAX_ACCURACY = {"moments": Accuracy(0.06, 0.15), "linear": Accuracy(1.0, 1.1)}
 
 
@@ -170,22 +171,28 @@ def _windowed_maximum(m: Tensor, v: Tensor, kernel: Any, stride: Any, padding: S
         starts = [(i * dh, j * dw) for i in range(kh) for j in range(kw)]
         return [t[..., y : y + height : sh, x : x + width : sw] for y, x in starts]
 
-    inside = windows(torch.ones_like(m[:1, :1]) if m.dim() == 4 else torch.ones_like(m[:1]), 0.0)
-    entries = list(zip(windows(m, 0.0), windows(v, 0.0), (w > 0 for w in inside), strict=True))
-    while len(entries) > 1:
-        pairs = [entries[i : i + 2] for i in range(0, len(entries), 2)]
-        entries = [_maximum(*pair) if len(pair) == 2 else pair[0] for pair in pairs]
-    return Moments(entries[0][0], entries[0][1])
+    entries: list[tuple[Tensor, Tensor]] = list(zip(windows(m, 0.0), windows(v, 0.0), strict=True))
+    inside = [None] * len(entries)
+    if ph or pw:
+        inside = [w > 0 for w in windows(torch.ones_like(m[..., :1, :, :]), 0.0)]
+    found: list[Entry] = [(*entry, valid) for entry, valid in zip(entries, inside, strict=True)]
+    while len(found) > 1:
+        pairs = [found[i : i + 2] for i in range(0, len(found), 2)]
+        found = [_maximum(*pair) if len(pair) == 2 else pair[0] for pair in pairs]
+    return Moments(found[0][0], found[0][1])
 
 
-def _maximum(a: Any, b: Any) -> Any:
-    """Clark's moments of max(a, b) for independent Gaussians; an entry outside the image yields."""
-    (m1, v1, in1), (m2, v2, in2) = a, b
+def _maximum(a: Entry, b: Entry) -> Entry:
+    """Clark's moments of max(a, b) for independent Gaussians; an entry in the padding yields to the other."""
+    (m1, v1, valid1), (m2, v2, valid2) = a, b
     gap, spread = m1 - m2, (v1 + v2).sqrt()
     alpha = standardised(gap, spread)
     p, tail = normal_cdf(alpha), spread * normal_pdf(alpha)
-    m = m2 + gap * p + tail
-    v = v1 * p + v2 * (1 - p) + gap.square() * p * (1 - p) + gap * tail * (1 - 2 * p) - tail.square()
-    m = torch.where(in1 & in2, m, torch.where(in1, m1, m2))
-    v = torch.where(in1 & in2, v.clamp(min=0), torch.where(in1, v1, v2))
-    return m, v, in1 | in2
+    q = 1 - p
+    m = torch.addcmul(m2, gap, p) + tail
+    v = (v1 * p + v2 * q + gap * (gap * p * q + tail * (q - p)) - tail * tail).clamp(min=0)
+    if valid1 is None or valid2 is None:
+        return m, v, None
+    both = valid1 & valid2
+    m = torch.where(both, m, torch.where(valid1, m1, m2))
+    return m, torch.where(both, v, torch.where(valid1, v1, v2)), valid1 | valid2
