@@ -50,6 +50,8 @@ def folder(tmp_path_factory):
     np.savez(path / "data.npz", inputs=rng.normal(size=(40, 4)).astype("float32"), targets=rng.integers(0, 3, 40))
     np.savez(path / "wrong.npz", inputs=np.zeros((3, 4), "float32"))
     np.savez(path / "labels.npz", inputs=np.zeros((3, 4), "float32"), targets=np.array([0, 1, 7]))
+    (path / "empty.npz").write_bytes(b"")
+    (path / "cut.npz").write_bytes((path / "data.npz").read_bytes()[:200])
     return path
 
 
@@ -85,6 +87,9 @@ def test_compare_prints_a_table_and_writes_json(folder):
         (["net:build", "data.npz", "data.npz"], "not a readable"),
         (["net:build", "posterior.safetensors", "absent.npz"], "no data file"),
         (["net:build", "posterior.safetensors", "net.py"], "npz file"),
+        (["net:build", "posterior.safetensors", "empty.npz"], "npz file"),
+        (["net:build", "posterior.safetensors", "cut.npz"], "npz file"),
+        (["net:build", "posterior.safetensors", "data.npz", "--weights", "net.py"], "cannot be loaded"),
         (["net:build", "posterior.safetensors", "wrong.npz"], "targets"),
         (["net:build", "posterior.safetensors", "labels.npz"], "[0, 3)"),
         (["net:build", "posterior.safetensors", "data.npz", "--predictors", "exact"], "unknown predictor"),

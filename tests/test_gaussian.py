@@ -136,3 +136,26 @@ def test_lists_inside_arguments_are_unwrapped(x):
     joined = read(torch.cat([x, torch.ones(1, 4)]))
     assert joined.var.shape == (4, 4)
     assert float(joined.var[3].sum()) == 0.0
+
+
+def test_a_view_is_stale_after_an_in_place_change_through_another():
+    base = GaussianTensor(Moments(torch.zeros(2, 4), torch.ones(2, 4)), CVP)
+    view = base.view(2, 2, 2)
+    view.add_(10.0)
+    assert float(read(view).mean[0, 0, 0]) == 10
+    with pytest.raises(UnsupportedOp, match="changed in place through another view"):
+        base + 1
+    other = view.flatten(1)
+    assert float(read(other + 1).mean[0, 0]) == 11
+
+
+def test_copies_do_not_become_stale():
+    base = GaussianTensor(Moments(torch.zeros(2, 4), torch.ones(2, 4)), CVP)
+    copy = base.clone()
+    copy.mul_(2.0)
+    assert float(read(base + 0).var[0, 0]) == 1
+
+
+def test_arguments_that_a_rule_does_not_take_are_refused_by_name(x):
+    with pytest.raises(UnsupportedOp, match=r"rule of torch\.Tensor\.mean does not take these arguments.*axis"):
+        x.mean(axis=1)

@@ -49,8 +49,11 @@ def test_imports_are_absolute_and_of_one_package():
 
 
 def test_the_version_is_one():
-    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
-    assert bayespass.__version__ == declared
+    from importlib.metadata import version
+
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert declared["tool"]["hatch"]["version"]["path"] == "src/bayespass/version.py"
+    assert version("bayespass") == bayespass.__version__
 
 
 def test_results_have_their_header():

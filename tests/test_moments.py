@@ -1,8 +1,11 @@
 """Shared variance against Monte Carlo: a common draw for all positions plus one for each."""
 
+import pytest
 import torch
 
+from bayespass.errors import UnsupportedOp
 from bayespass.moments import Moments, add, average, bilinear, move, scale
+from bayespass.rules.arithmetic import multiplication
 
 N, POSITIONS = 200_000, 6
 
@@ -74,3 +77,11 @@ def test_nothing_random_stays_nothing():
     assert scale(x, 2.0).var is None
     assert bilinear(torch.mul, x, torch.ones(3)).var is None
     assert average(lambda t: t.mean(), lambda t: t.mean(), x).var is None
+
+
+def test_products_never_drop_shared_variance():
+    _, x = correlated()
+    with pytest.raises(UnsupportedOp, match="shared"):
+        multiplication(x, x)
+    with pytest.raises(UnsupportedOp, match="shared"):
+        bilinear(torch.mul, torch.ones(POSITIONS, dtype=torch.float64), x)

@@ -15,7 +15,7 @@ from bayespass.calibrate.variance_scale import load_scales as load_scales
 from bayespass.errors import BayespassError as BayespassError
 from bayespass.errors import InvalidInput as InvalidInput
 from bayespass.errors import InvalidPosteriorFile as InvalidPosteriorFile
-from bayespass.errors import MissingExtra as MissingExtra
+from bayespass.errors import MissingRule as MissingRule
 from bayespass.errors import NotFitted as NotFitted
 from bayespass.errors import PosteriorMismatch as PosteriorMismatch
 from bayespass.errors import UnsupportedOp as UnsupportedOp
@@ -35,6 +35,7 @@ from bayespass.posterior.ivon import IVON as IVON
 from bayespass.posterior.laplace import Laplace as Laplace
 from bayespass.posterior.laplace import PriorTuning as PriorTuning
 from bayespass.posterior.mean_field import DiagonalGaussian as DiagonalGaussian
+from bayespass.predict.dataset import predict_dataset as predict_dataset
 from bayespass.predict.propagation import SinglePass as SinglePass
 from bayespass.predict.propagation import propagate as propagate
 from bayespass.predict.sampling import MeanNetwork as MeanNetwork
@@ -45,5 +46,4 @@ from bayespass.prediction import RegressionPrediction as RegressionPrediction
 from bayespass.rules.registry import Accuracy as Accuracy
 from bayespass.rules.registry import module_rule as module_rule
 from bayespass.rules.registry import rule as rule
-
-__version__ = "0.1.0"
+from bayespass.version import __version__ as __version__

@@ -48,7 +48,7 @@ class Approximation:
     @property
     def drops(self) -> tuple[str, ...]:
         """What this approximation leaves out by design, in words for notes and reports."""
-        return ("variance of attention scores (queries and keys at their mean)",) if self.scores == "at_mean" else ()
+        return ("variance of attention scores (queries and keys at their mean)",)
 
 
 STREAMLINED = Approximation("streamlined", activation="linear", norm="at_mean", scores="at_mean")

@@ -51,7 +51,7 @@ def input_batches(batches: Any, device: torch.device | None = None) -> Iterator[
     """The inputs of every batch, targets left out, on the device.
 
     Args:
-        batches: a loader, or one batch of inputs (a tensor or a dict).
+        batches: a loader, or one batch (a tensor, a tuple or a dict).
         device: where to put them; None leaves them where they are.
 
     Yields:
@@ -60,7 +60,7 @@ def input_batches(batches: Any, device: torch.device | None = None) -> Iterator[
     Raises:
         InvalidInput: there is no batch at all.
     """
-    if isinstance(batches, Tensor | Mapping):
+    if isinstance(batches, Tensor | Mapping | tuple):
         batches = [batches]
     empty = True
     for batch in batches:

@@ -9,10 +9,17 @@ class BayespassError(Exception):
 
 
 class UnsupportedOp(BayespassError, NotImplementedError):
-    """An operation met a Gaussian tensor and no rule says how it changes mean and variance.
+    """An operation met a Gaussian tensor in a way that its rule does not honour.
 
-    React by writing a rule (`@rule(operation)`), a module rule for the block around it, or by
-    leaving the module's parameters out of the posterior (`posterior.subset`).
+    React by changing what the message names in the model, or by leaving the parameters before it
+    out of the posterior (`posterior.subset`).
+    """
+
+
+class MissingRule(UnsupportedOp):
+    """No rule says how an operation changes mean and variance.
+
+    React by writing one (`@rule(operation)`) or a module rule for the block around it.
     """
 
 
@@ -30,7 +37,3 @@ class InvalidPosteriorFile(BayespassError, ValueError):
 
 class NotFitted(BayespassError, RuntimeError):
     """A result was asked for before the step that produces it."""
-
-
-class MissingExtra(BayespassError, ImportError):
-    """An optional dependency is needed here; the message names the extra to install."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bayespass.approximation import Approximation
 from bayespass.errors import UnsupportedOp
 from bayespass.moments import Moments
-from bayespass.rules.registry import in_place_operations, operation_name, rules
+from bayespass.rules.registry import call_rule, in_place_operations, operation_name, rules
 
 # Reads of metadata, the same for the mean and for the pair.
 _METADATA_METHODS = """
@@ -41,6 +41,12 @@ def _metadata() -> frozenset[Callable[..., Any]]:
 METADATA = _metadata()
 
 
+class Memory:
+    """What views of one tensor share: how often an in-place operation changed it."""
+
+    version = 0
+
+
 Found = list[tuple["GaussianTensor", Moments]]
 
 
@@ -53,6 +59,8 @@ class GaussianTensor(Tensor):
     gaussian_shared: Tensor | None
     gaussian_scores: Tensor | None
     approximation: Approximation
+    memory: "Memory | None"
+    seen: int
 
     @staticmethod
     def __new__(cls, moments: Moments, approximation: Approximation) -> "GaussianTensor":
@@ -62,16 +70,21 @@ class GaussianTensor(Tensor):
             cls, mean.shape, strides=mean.stride(), dtype=mean.dtype, device=mean.device, layout=mean.layout
         )
         wrapper.approximation = approximation
-        wrapper.store(moments)
+        wrapper.memory, wrapper.seen = None, 0
+        wrapper.gaussian_mean, wrapper.gaussian_var = moments.mean, moments.var
+        wrapper.gaussian_shared, wrapper.gaussian_scores = moments.shared, moments.scores
         return wrapper
 
     def __init__(self, moments: Moments, approximation: Approximation) -> None:  # noqa: ARG002  see __new__
         super().__init__()
 
     def store(self, moments: Moments) -> None:
-        """Take new moments, as an in-place operation does."""
+        """Take new moments, as an in-place operation does; views of the same memory become stale."""
         self.gaussian_mean, self.gaussian_var = moments.mean, moments.var
         self.gaussian_shared, self.gaussian_scores = moments.shared, moments.scores
+        if self.memory is not None:
+            self.memory.version += 1
+            self.seen = self.memory.version
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
         return f"GaussianTensor(shape={tuple(self.shape)}, dtype={self.dtype}, {self.approximation.name})"
@@ -89,7 +102,10 @@ class GaussianTensor(Tensor):
         approximation = _the_approximation(gaussians)
         result = call_rule(target, arguments, keywords, approximation)
         if not stores:
-            return wrap(result, approximation)
+            wrapped = wrap(result, approximation)
+            if not torch.compiler.is_compiling() and rules()[target].aliases and isinstance(args[0], GaussianTensor):
+                _share_memory(args[0], wrapped)
+            return wrapped
         if not isinstance(args[0], GaussianTensor):
             msg = (
                 f"{operation_name(func)} would store a Gaussian result in a plain tensor and drop its variance; "
@@ -113,23 +129,11 @@ class GaussianTensor(Tensor):
         return GaussianTensor(Moments(**{name.removeprefix("gaussian_"): t for name, t in inner.items()}), context)
 
 
-def call_rule(operation: Callable[..., Any], args: list[Any], kwargs: dict[str, Any], approximation: Any) -> Any:
-    """The rule's result for one operation on `Moments` and plain values.
-
-    Raises:
-        UnsupportedOp: the operation has no rule, or its rule does not carry shared variance.
-    """
-    entry = rules().get(operation)
-    if entry is None:
-        shown = ", ".join(_describe(value) for value in [*args, *kwargs.values()])
-        msg = f"no Gaussian rule for {operation_name(operation)} (got {shown})"
-        raise UnsupportedOp(msg)
-    if not entry.knows_shared and any(_has_shared(value) for value in [*args, *kwargs.values()]):
-        msg = f"the rule of {operation_name(operation)} does not carry shared variance and would drop it"
-        raise UnsupportedOp(msg)
-    if entry.wants_approximation:
-        kwargs = {**kwargs, "approximation": approximation}
-    return entry.call(*args, **kwargs)
+def _share_memory(source: GaussianTensor, views: Any) -> None:
+    source.memory = source.memory or Memory()
+    for view in views if isinstance(views, tuple | list) else (views,):
+        if isinstance(view, GaussianTensor):
+            view.memory, view.seen = source.memory, source.memory.version
 
 
 def read(tensor: GaussianTensor) -> Moments:
@@ -141,12 +145,21 @@ def unwrap(value: Any, found: Found) -> Any:
     """`Moments` for Gaussian tensors, also inside lists, tuples and dicts; `found` collects them.
 
     The same tensor gives the same moments, so that rules recognise `x * x`.
+
+    Raises:
+        UnsupportedOp: the tensor's memory was changed in place through another view of it.
     """
     if isinstance(value, GaussianTensor):
         for tensor, moments in found:
             if tensor is value:
                 return moments
         moments = read(value)
+        if value.memory is not None and value.seen != value.memory.version:
+            msg = (
+                "a Gaussian tensor is read after its memory was changed in place through another view of it, which "
+                "does not follow; write the change out of place (x = x + y) in the model"
+            )
+            raise UnsupportedOp(msg)
         found.append((value, moments))
         return moments
     if isinstance(value, list | tuple) and not isinstance(value, torch.Size):
@@ -178,15 +191,3 @@ def _the_approximation(found: Found) -> Approximation:
         msg = "tensors of two approximations met in one operation; a propagation uses exactly one"
         raise UnsupportedOp(msg)
     return approximation
-
-
-def _has_shared(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return any(_has_shared(part) for part in value)
-    return isinstance(value, Moments) and value.shared is not None
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, Moments):
-        return f"Gaussian {tuple(value.mean.shape)} {value.mean.dtype}".replace("torch.", "")
-    return f"Tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)[:40]

@@ -49,8 +49,8 @@ def check_class_labels(labels: Tensor, n_classes: int) -> None:
         raise InvalidInput(msg)
 
 
-def check_targets(outputs: Tensor, targets: Tensor, likelihood: Likelihood) -> None:
-    """Raise unless targets fit the outputs.
+def check_targets(outputs: Tensor, targets: Tensor, likelihood: Likelihood) -> Tensor:
+    """The targets, class labels as int64, or an error unless they fit the outputs.
 
     Args:
         outputs: (..., C) logits, or the predicted means.
@@ -71,9 +71,11 @@ def check_targets(outputs: Tensor, targets: Tensor, likelihood: Likelihood) -> N
             )
             raise InvalidInput(msg)
         check_class_labels(targets, outputs.shape[-1])
-    elif targets.shape != outputs.shape:
+        return targets.long()
+    if targets.shape != outputs.shape:
         msg = f"targets must have the shape of the outputs, {tuple(outputs.shape)}; got {tuple(targets.shape)}"
         raise InvalidInput(msg)
+    return targets
 
 
 def negative_log_likelihood(

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bayespass.errors import UnsupportedOp
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Moments:
@@ -112,8 +114,14 @@ def bilinear(operation: Callable[[Tensor, Tensor], Tensor], a: "Moments | Tensor
 
     Exact when all entries are independent (products, matrix products, convolutions).
     Source: single_pass notes 3.1.
+
+    Raises:
+        UnsupportedOp: `b` has shared variance, which no product rule carries.
     """
     a, b = as_moments(a), as_moments(b)
+    if b.shared is not None:
+        msg = "no rule for a product whose second factor has shared variance"
+        raise UnsupportedOp(msg)
     mean = operation(a.mean, b.mean)
     from_a = None if a.var is None else operation(a.var, b.mean.square())
     from_b = None

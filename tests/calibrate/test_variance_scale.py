@@ -110,3 +110,18 @@ def test_they_read_like_a_mapping():
     scales = VarianceScales({"a": 2.0, "": 0.5}, "cvp")
     assert dict(scales) == {"a": 2.0, "": 0.5}
     assert repr(scales) == "VarianceScales(cvp; a: 2, (output): 0.5)"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_posterior_and_model_may_differ_in_dtype(dtype):
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).eval()
+    posterior = isotropic(model, 0.3)
+    scales = fit_scales(model.to(dtype), posterior, torch.randn(64, 4, dtype=dtype), n_samples=200)
+    assert scales["0"] == pytest.approx(1.0, abs=0.1)
+
+
+def test_a_pair_given_as_the_loader_is_one_batch():
+    model = nn.Sequential(nn.Linear(4, 2)).eval()
+    inputs = torch.randn(8, 4)
+    pair = fit_scales(model, isotropic(model, 0.1), (inputs, torch.zeros(8)), n_samples=10)
+    assert dict(pair) == dict(fit_scales(model, isotropic(model, 0.1), inputs, n_samples=10))

@@ -106,3 +106,29 @@ def test_memory_is_bounded(problem, monkeypatch):
 def test_an_unknown_row_is_named(comparison):
     with pytest.raises(InvalidInput, match="'mc5' was not compared"):
         comparison.row("mc5")
+
+
+def test_vector_and_sequence_outputs():
+    """(N,) regression, and (N, T, C) classification where every position is a row of the gap."""
+
+    class Squeeze(nn.Module):
+        def forward(self, x):
+            return x.squeeze(-1)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 1), Squeeze()).eval()
+    mean = {name: p.detach() for name, p in model.named_parameters()}
+    spread = {name: torch.full_like(p, 0.01) for name, p in mean.items()}
+    posterior = DiagonalGaussian(mean, spread, PosteriorInfo("regression", sigma_noise=0.2))
+    inputs = torch.randn(30, 3)
+    assert (
+        compare(model, posterior, [(inputs, torch.randn(30))], ("map",), n_reference=10, n_bootstrap=5).gap_metric
+        == "nll"
+    )
+    tagger = nn.Sequential(nn.Linear(3, 4)).eval()
+    mean = {name: p.detach() for name, p in tagger.named_parameters()}
+    posterior = DiagonalGaussian(mean, {name: torch.full_like(p, 0.5) for name, p in mean.items()})
+    words, tags = torch.randn(4, 50, 3), torch.randint(4, (4, 50))
+    result = compare(tagger, posterior, [(words, tags)], ("map",), n_reference=10, n_bootstrap=5)
+    aurc = result.row("map").scores["aurc"].value - result.row("mc10").scores["aurc"].value
+    assert result.gap == pytest.approx(aurc)

@@ -154,3 +154,23 @@ def test_mistakes_in_labels_are_named():
         evaluate(classified(torch.empty(0, 2)), torch.empty(0, dtype=torch.long))
     with pytest.raises(InvalidInput, match="NaN"):
         risk_coverage_curve(np.array([np.nan]), np.array([1]))
+
+
+def test_being_certain_and_wrong_is_not_clipped_away():
+    prediction, labels = classified(torch.tensor([[1.0, 1e-30], [0.5, 0.5]])), torch.tensor([1, 0])
+    assert evaluate(prediction, labels)["nll"].value == pytest.approx((30 * np.log(10) + np.log(2)) / 2, rel=1e-4)
+
+
+def test_outputs_of_one_row_are_no_independent_evidence():
+    torch.manual_seed(0)
+    noise = torch.randn(400, 1).expand(400, 50)
+    prediction = RegressionPrediction(torch.zeros(400, 50), torch.ones(400, 50), torch.zeros(400, 50))
+    one = RegressionPrediction(torch.zeros(400, 1), torch.ones(400, 1), torch.zeros(400, 1))
+    wide, narrow = evaluate(prediction, noise)["nll"], evaluate(one, noise[:, :1])["nll"]
+    assert wide.standard_error == pytest.approx(narrow.standard_error, rel=1e-5)
+
+
+def test_labels_of_any_integer_type():
+    prediction = classified([[0.8, 0.2], [0.4, 0.6]])
+    for dtype in (torch.uint8, torch.int32, torch.int64):
+        assert evaluate(prediction, torch.tensor([0, 1], dtype=dtype))["accuracy"].value == 1

@@ -211,3 +211,34 @@ def test_mistakes_name_themselves():
         model[0].weight[0, 0] = torch.nan
     with pytest.raises(InvalidInput, match="NaN"):
         Laplace(model).fit([(inputs, labels)])
+
+
+def test_tied_weights():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+            self.second.weight = self.first.weight
+
+        def forward(self, x):
+            return self.second(torch.tanh(self.first(x)))
+
+    torch.manual_seed(0)
+    model, inputs, labels = Tied().eval(), torch.randn(6, 3), torch.randint(3, (6,), dtype=torch.uint8)
+    posterior = Laplace(model, curvature="ef", prior_precision=1.0).fit([(inputs, labels)]).posterior()
+    expected = 0.0
+    for x, y in zip(inputs, labels.long(), strict=True):
+        model.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        expected = expected + model.first.weight.grad.square()
+    assert posterior.names == ("first.weight",)
+    torch.testing.assert_close(1 / posterior.variance["first.weight"], expected + 1, rtol=1e-4, atol=1e-5)
+
+
+def test_the_posterior_keeps_the_weights_it_was_fitted_at():
+    model, inputs, labels = small_classifier()
+    laplace = Laplace(model).fit([(inputs, labels)])
+    before = laplace.posterior().mean["0.bias"].clone()
+    with torch.no_grad():
+        model[0].bias.add_(1)
+    assert torch.equal(laplace.posterior().mean["0.bias"], before)

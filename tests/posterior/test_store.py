@@ -110,11 +110,41 @@ def test_unknown_versions_and_kinds(tmp_path, model, posterior):
     with pytest.raises(InvalidPosteriorFile, match="kind 'flow'"):
         Posterior.load(path, model)
     store.write(path, {"a": torch.ones(1)}, {"kind": "diagonal_gaussian", "names": ["a"], "info": {}})
-    with pytest.raises(InvalidPosteriorFile, match="manifest lacks"):
+    with pytest.raises(InvalidPosteriorFile, match="not those of a posterior"):
         Posterior.load(path, model)
     store.write(path, posterior._tensors(), {"kind": "diagonal_gaussian", "format_version": 99})
     with pytest.raises(InvalidPosteriorFile, match="format 99"):
         Posterior.load(path, model)
+
+
+def rewrite_header(path, change):
+    """The same file with another manifest, as someone with an editor would leave it."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    manifest = json.loads(header["__metadata__"]["bayespass"])
+    change(manifest)
+    header["__metadata__"]["bayespass"] = json.dumps(manifest, sort_keys=True)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m["info"].update(temperature=9.0),
+        lambda m: m["info"].update(n_data=0),
+        lambda m: m["scales"].update(factors={}),
+        lambda m: m.update(mean_hash="0"),
+        lambda m: m.pop("info"),
+    ],
+)
+def test_an_edited_manifest_is_refused(file, model, change):
+    rewrite_header(file, change)
+    with pytest.raises(InvalidPosteriorFile, match="damaged"):
+        Posterior.load(file, model)
+    with pytest.raises(InvalidPosteriorFile, match="damaged"):
+        load_scales(file)
 
 
 def test_a_failed_write_leaves_the_old_file(file, model, posterior, monkeypatch):

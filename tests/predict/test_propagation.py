@@ -18,6 +18,7 @@ from bayespass import (
     SinglePass,
     UnsupportedOp,
     VarianceScales,
+    fit_scales,
     module_rule,
     propagate,
 )
@@ -132,10 +133,38 @@ def test_the_users_model_is_never_modified():
     assert all("forward" not in vars(m) for m in model.modules())
 
 
-def test_frozen_weights_share_memory_with_the_model():
-    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)).eval()
-    predictor = SinglePass(model, varied(model).subset(["1.bias"]))
-    assert predictor.model[0].weight.data_ptr() == model[0].weight.data_ptr()
+def test_predictors_share_nothing_with_the_model_or_the_posterior():
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)).eval()
+    posterior, x = varied(model).subset(["2.bias"]), torch.randn(4, 3)
+    predictor = SinglePass(model, posterior)
+    expected = predictor(x).logit_mean
+    state, mean = copy.deepcopy(model.state_dict()), posterior.mean["2.bias"].clone()
+    predictor.load_state_dict({name: value + 1 for name, value in predictor.state_dict().items()})
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    assert torch.equal(posterior.mean["2.bias"], mean)
+    predictor = SinglePass(model, posterior)
+    with torch.no_grad():
+        model[0].weight.add_(1)
+        model[1].running_mean.add_(1)
+    torch.testing.assert_close(predictor(x).logit_mean, expected)
+
+
+def test_both_names_of_a_tied_weight_are_refused():
+    model = nn.ModuleDict({"a": nn.Linear(3, 3, bias=False), "b": nn.Linear(3, 3, bias=False)}).eval()
+    model["b"].weight = model["a"].weight
+    value = model["a"].weight.detach()
+    both = DiagonalGaussian(
+        {"a.weight": value, "b.weight": value}, dict.fromkeys(("a.weight", "b.weight"), value.square())
+    )
+    with pytest.raises(PosteriorMismatch, match=r"a\.weight and b\.weight are one tied parameter"):
+        both.check_model(model)
+
+
+def test_variance_that_vanishes_in_half_precision_is_refused():
+    model = nn.Linear(3, 2).eval().half()
+    tiny = DiagonalGaussian({"weight": torch.zeros(2, 3)}, {"weight": torch.full((2, 3), 1e-9)})
+    with pytest.raises(InvalidInput, match="weight is below the range of float16"):
+        SinglePass(model, tiny)
 
 
 def test_tied_weights_are_one_random_parameter():
@@ -237,6 +266,39 @@ def test_a_module_rule_takes_the_block_whole():
         assert "forward" not in vars(model[1])
     finally:
         del _MODULE_RULES[Cumulative]
+
+
+def test_a_block_taken_whole_is_one_site_even_when_it_comes_first():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.inner(x)
+
+    calls = []
+
+    @module_rule(Block)
+    def block(module, x):
+        calls.append(module)
+        own = moments_of(module.inner)
+        return Moments(
+            F.linear(x, own["weight"].mean, own["bias"].mean), F.linear(x.square(), own["weight"].var, own["bias"].var)
+        )
+
+    from bayespass.rules.registry import _MODULE_RULES
+
+    try:
+        model, x = nn.Sequential(Block(), nn.Linear(3, 2)).eval(), torch.randn(50, 3)
+        posterior = isotropic(model, 0.1)
+        predictor = SinglePass(model, posterior)
+        assert predictor.sites == ("0", "1", "")
+        predictor(x)
+        assert len(calls) == 1
+        assert set(fit_scales(model, posterior, x, n_samples=20)) == {"0", "1", ""}
+    finally:
+        del _MODULE_RULES[Block]
 
 
 def test_module_rules_see_the_modules_own_gaussian_parameters():

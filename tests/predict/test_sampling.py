@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from bayespass import DiagonalGaussian, InvalidInput, MeanNetwork, MonteCarlo, PosteriorInfo
+from bayespass import DiagonalGaussian, InvalidInput, MeanNetwork, MonteCarlo, PosteriorInfo, predict_dataset
 from bayespass.predict.sampling import prediction_from_draws
 
 
@@ -63,3 +63,19 @@ def test_mistakes(model):
         MonteCarlo(model, posterior_of(model), 1)
     with pytest.raises(InvalidInput, match="training mode"):
         MonteCarlo(model.train(), posterior_of(model))
+
+
+def test_half_precision_draws_are_averaged_in_single_precision():
+    model = nn.Linear(3, 2).eval()
+    posterior, x = posterior_of(model), torch.randn(4, 3)
+    predictor = MonteCarlo(model.bfloat16(), posterior, 256)
+    draws = torch.stack(list(predictor.outputs(x.bfloat16()))).float()
+    torch.testing.assert_close(predictor(x.bfloat16()).logit_mean, draws.mean(0))
+    torch.testing.assert_close(predictor(x.bfloat16()).logit_variance, draws.var(0))
+
+
+def test_a_whole_loader_at_once(model):
+    x = torch.randn(6, 3)
+    predictor = MeanNetwork(model, posterior_of(model))
+    found = predict_dataset(predictor, [(part, torch.zeros(len(part))) for part in x.split(4)])
+    torch.testing.assert_close(found.probs, predictor(x).probs)

@@ -41,7 +41,7 @@ class TemperatureScaling:
         if not isinstance(prediction, ClassificationPrediction):
             msg = f"TemperatureScaling is for classification; got {type(prediction).__name__}"
             raise InvalidInput(msg)
-        check_targets(prediction.probs, labels, "classification")
+        labels = check_targets(prediction.probs, labels, "classification")
         if labels.numel() == 0:
             msg = "TemperatureScaling.fit needs at least one label"
             raise InvalidInput(msg)

@@ -14,6 +14,7 @@ Source: single_pass notes 3.7.
 
 import math
 import os
+import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -30,7 +31,8 @@ from bayespass.gaussian import GaussianTensor, read
 from bayespass.posterior import store
 from bayespass.posterior.base import Posterior
 from bayespass.predict.propagation import SinglePass, scale_output, sites
-from bayespass.predict.snapshot import snapshot
+from bayespass.predict.sampling import in_single_precision
+from bayespass.predict.snapshot import place, snapshot
 from bayespass.progress import track
 
 
@@ -81,7 +83,8 @@ def fit_scales(
     Args:
         model: in eval mode.
         posterior: over any subset of its parameters.
-        loader: batches of inputs, or one batch.
+        loader: batches of inputs, or one batch. As everywhere, a pair is (inputs, targets): a model
+            with two positional arguments needs batches of ((first, second),) or dicts.
         approximation: the approximation to calibrate.
         n_samples: Monte-Carlo draws per batch, at least 10.
         seed: of the draws.
@@ -153,7 +156,8 @@ class _SiteMoments:
 
     def _recorder(self, path: str) -> Any:
         def record(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001
-            leaves = _floating_leaves(output)  # taken at once: a later in-place operation may change them
+            # Taken at once: a later in-place operation may change them.
+            leaves = [in_single_precision(leaf) for leaf in _floating_leaves(output)]
             if self._draw == 1:
                 self._runs.append(_Running(path, leaves))
             else:
@@ -167,7 +171,7 @@ class _SiteMoments:
         self._runs = []
         for index, draw in enumerate(self.posterior.sample(n_samples, seed), start=1):
             self._draw, self._position = index, 0
-            functional_call(self.model, draw, args, kwargs)
+            functional_call(self.model, place(draw, self.model), args, kwargs)
         half = torch.tensor((n_samples - 1) / 2, dtype=torch.float64)
         bias = float(torch.special.digamma(half) - half.log())  # E log(chi2 / dof)
         return [(run.path, [(square / (n_samples - 1)).log() - bias for square in run.squares]) for run in self._runs]
@@ -186,7 +190,7 @@ def _match(
             msg = f"site {path!r} ran where Monte Carlo ran {measured_path!r}; the model's control flow is random"
             raise InvalidInput(msg)
         gaps = [
-            (target - read(leaf).var.log())  # type: ignore[union-attr]
+            (target - read(leaf).var.to(target.dtype).log())  # type: ignore[union-attr]
             for leaf, target in zip(_floating_leaves(output), targets, strict=True)
             if isinstance(leaf, GaussianTensor)
         ]
@@ -210,8 +214,4 @@ def _floating_leaves(output: Any) -> list[Tensor]:
 
 
 def _standard_error(values: list[float]) -> float:
-    n = len(values)
-    if n < 2:
-        return math.nan
-    mean = sum(values) / n
-    return math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan

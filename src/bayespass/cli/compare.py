@@ -67,7 +67,8 @@ def build_model(spec: str, weights: Path | None) -> Any:
     """The module that `module:factory` returns, in eval mode, with weights loaded if given.
 
     Raises:
-        InvalidInput: the text is no module:factory, it cannot be imported, or it returns no module.
+        InvalidInput: the text is no module:factory, it cannot be imported, it returns no module, or
+            the weights do not fit.
     """
     from torch import nn
 
@@ -88,9 +89,14 @@ def build_model(spec: str, weights: Path | None) -> Any:
         msg = f"MODEL {spec!r} returned {type(network).__name__}, not a torch.nn.Module"
         raise InvalidInput(msg)
     if weights is not None:
+        from safetensors import SafetensorError
         from safetensors.torch import load_model
 
-        load_model(network, weights)
+        try:
+            load_model(network, weights)
+        except (SafetensorError, RuntimeError, OSError) as error:
+            msg = f"--weights {weights} cannot be loaded into {spec}: {error}"
+            raise InvalidInput(msg) from error
     return network.eval()
 
 
@@ -101,6 +107,8 @@ def read_npz(path: Path, batch_size: int) -> list[tuple[Any, Any]]:
         FileNotFoundError: there is no such file.
         InvalidInput: it is no npz file, or an array is missing, empty or of another length.
     """
+    import zipfile
+
     import numpy as np
     import torch
 
@@ -110,7 +118,7 @@ def read_npz(path: Path, batch_size: int) -> list[tuple[Any, Any]]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             inputs, targets = torch.from_numpy(arrays["inputs"]), torch.from_numpy(arrays["targets"])
-    except (KeyError, ValueError, TypeError, OSError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
         msg = f"{path} must be an npz file with the numeric arrays 'inputs' and 'targets' ({error})"
         raise InvalidInput(msg) from error
     if len(inputs) == 0 or len(inputs) != len(targets):

@@ -56,7 +56,8 @@ def diagonal_curvature(
         raise InvalidInput(msg)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     random = {name: parameters[name].detach() for name in names}
-    rest = {n: p.detach() for n, p in parameters.items() if n not in random} | dict(model.named_buffers())
+    tied = {id(parameters[name]) for name in names}  # a tied weight has several names and must appear once
+    rest = {n: p.detach() for n, p in parameters.items() if id(p) not in tied} | dict(model.named_buffers())
     totals = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in random.items()}
     loss, n_data = 0.0, 0
 
@@ -69,7 +70,7 @@ def diagonal_curvature(
         for inputs, targets in track(labelled_batches(loader, device_of(model)), "curvature", show=progress):
             args, kwargs = call_arguments(inputs)
             batch_outputs = model_output(model(*args, **kwargs))
-            check_targets(batch_outputs, targets, likelihood)
+            targets = check_targets(batch_outputs, targets, likelihood)
             loss += float(negative_log_likelihood(batch_outputs, targets, likelihood, sigma_noise))
             n_data += len(targets)
             for rows, row_targets in _chunks(inputs, targets, chunk_size):

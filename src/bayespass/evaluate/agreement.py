@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bayespass.errors import InvalidInput
+from bayespass.evaluate.scores import standard_error
 from bayespass.prediction import ClassificationPrediction, Prediction, RegressionPrediction
 
 
@@ -66,7 +67,7 @@ def agreement(prediction: Prediction, reference: Prediction, n_bootstrap: int = 
     ratio, ratio_error = float("nan"), float("nan")
     if torch.isfinite(log_ratio).all():
         ratio = float(log_ratio.mean().exp())
-        ratio_error = ratio * _standard_error(log_ratio)
+        ratio_error = ratio * standard_error(log_ratio.numpy())
     total, total_true = mine.sum(-1).numpy(), true.sum(-1).numpy()
     spearman, spearman_error = float("nan"), float("nan")
     if np.ptp(total) > 0 and np.ptp(total_true) > 0:
@@ -76,13 +77,13 @@ def agreement(prediction: Prediction, reference: Prediction, n_bootstrap: int = 
         spearman_error = float(np.std([_spearman(total[d], total_true[d]) for d in draws], ddof=1))
     return Agreement(
         kl=float(kl.mean()),
-        kl_standard_error=_standard_error(kl),
+        kl_standard_error=standard_error(kl.numpy()),
         variance_ratio=ratio,
         variance_ratio_standard_error=ratio_error,
         spearman=spearman,
         spearman_standard_error=spearman_error,
         mean_error=mean_error,
-        mean_error_standard_error=_standard_error(gap) / (2 * mean_error) if mean_error > 0 else 0.0,
+        mean_error_standard_error=standard_error(gap.numpy()) / (2 * mean_error) if mean_error > 0 else 0.0,
     )
 
 
@@ -108,10 +109,6 @@ def _divergence(reference: Prediction, prediction: Prediction) -> Tensor:
 def _rows(values: Tensor) -> Tensor:
     values = values.detach().cpu().double()
     return values.flatten(0, -2) if values.dim() > 1 else values.unsqueeze(-1)
-
-
-def _standard_error(values: Tensor) -> float:
-    return float(values.std() / len(values) ** 0.5)
 
 
 def _spearman(a: np.ndarray, b: np.ndarray) -> float:

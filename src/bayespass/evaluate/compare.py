@@ -14,17 +14,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from bayespass.approximation import NAMED
 from bayespass.batches import call_arguments, device_of, labelled_batches
 from bayespass.errors import InvalidInput
 from bayespass.evaluate.agreement import Agreement, agreement
-from bayespass.evaluate.scores import Scores, bootstrap, evaluate
+from bayespass.evaluate.proper_scores import log_scores
+from bayespass.evaluate.scores import Scores, evaluate
 from bayespass.evaluate.selective import risk_coverage_curve
 from bayespass.posterior.base import Posterior
+from bayespass.predict.dataset import predict_dataset
 from bayespass.predict.propagation import SinglePass
 from bayespass.predict.sampling import MeanNetwork, MonteCarlo, prediction_from_draws
-from bayespass.prediction import ClassificationPrediction, Prediction, concatenate
+from bayespass.prediction import ClassificationPrediction, Prediction
 from bayespass.progress import track
 
 DEFAULT_PREDICTORS = ("map", "mc4", "mc16", "mc64", "streamlined", "cvp")
@@ -118,8 +121,9 @@ def compare(
         predictors: "map", "mcS" for S draws, an approximation's name ("streamlined", "cvp"; with
             its scales if given), or that name with "_uncalibrated" for the same without scales.
         scales: fitted `VarianceScales` by approximation name.
-        n_reference: draws of the Monte-Carlo reference. `mcS` rows are means over its disjoint
-            groups of S draws, which flatters S close to `n_reference` a little.
+        n_reference: draws R of the Monte-Carlo reference. `mcS` rows are means over its disjoint
+            groups of S draws; being part of the reference, their squared distance to it is about
+            1 - S/R of that of fresh draws.
         n_bootstrap: resamples of rows for standard errors.
         seed: of draws and resamples.
         progress: show a progress bar.
@@ -134,7 +138,7 @@ def compare(
     mean_network = MeanNetwork(model, posterior)
     with torch.inference_mode():
         draws = _draws(reference, batches, progress)  # (S, N, ...)
-        at_mean = _predict(mean_network, batches)
+        at_mean = predict_dataset(mean_network, batches)
         truth = prediction_from_draws(draws, posterior.info, n_reference)
         made: list[tuple[str, nn.Module, list[Prediction]]] = []
         for name, (kind, argument) in zip(predictors, specs, strict=True):
@@ -147,7 +151,7 @@ def compare(
             else:
                 own = None if name.endswith(UNCALIBRATED) else (scales or {}).get(argument)
                 single = SinglePass(model, posterior, argument, own)
-                made.append((name, single, [_predict(single, batches)]))
+                made.append((name, single, [predict_dataset(single, batches)]))
         made.append((f"mc{n_reference}", reference, [truth]))
         gap = _Gap(at_mean, truth, targets, n_bootstrap, seed)
         forward, costs = _costs(mean_network, [module for _, module, _ in made], batches[0][0])
@@ -180,14 +184,6 @@ def _parse(name: str, n_reference: int) -> tuple[str, Any]:
         f"{', '.join(map(repr, NAMED))}, each also with {UNCALIBRATED!r}"
     )
     raise InvalidInput(msg)
-
-
-def _predict(predictor: nn.Module, batches: list[tuple[Any, Tensor]]) -> Prediction:
-    predictions = []
-    for inputs, _ in batches:
-        args, kwargs = call_arguments(inputs)
-        predictions.append(predictor(*args, **kwargs))
-    return concatenate(predictions)
 
 
 def _draws(reference: MonteCarlo, batches: list[tuple[Any, Tensor]], progress: bool) -> Tensor:
@@ -234,45 +230,42 @@ class _Gap:
     def __init__(self, at_mean: Prediction, truth: Prediction, targets: Tensor, n_bootstrap: int, seed: int) -> None:
         self.metric = "aurc" if isinstance(truth, ClassificationPrediction) else "nll"
         self._targets = targets.cpu()
-        self._n, self._n_bootstrap, self._seed = len(targets), n_bootstrap, seed
         self._map, self._truth = self._losses(at_mean), self._losses(truth)
-        found = bootstrap(self._difference, self._n, n_bootstrap, seed)
-        self.value = found["gap"].value
-        rng = np.random.default_rng(seed)
-        resampled = [self._difference(rng.integers(0, self._n, self._n))["gap"] for _ in range(max(2, n_bootstrap))]
-        low, high = np.quantile(resampled, [0.025, 0.975])
+        n_rows = len(self._map[0])
+        self._all = np.arange(n_rows)
+        self._resamples = np.random.default_rng(seed).integers(0, n_rows, (max(2, n_bootstrap), n_rows))
+        self.value = self._difference(self._all)
+        low, high = np.quantile([self._difference(rows) for rows in self._resamples], [0.025, 0.975])
         self.interval = (float(low), float(high))
 
-    def _losses(self, prediction: Prediction) -> Any:
-        """Per-row values from which the metric of any subset of rows follows."""
+    def _losses(self, prediction: Prediction) -> tuple[np.ndarray, np.ndarray]:
+        """Per row: confidence and error for "aurc"; the log score, twice, for "nll"."""
         if isinstance(prediction, ClassificationPrediction):
-            flat = prediction.probs.detach().cpu().double().flatten(0, -2)
-            return flat.amax(-1).numpy(), (flat.argmax(-1) != self._targets.flatten()).numpy()
-        from bayespass.evaluate.proper_scores import log_scores
+            probs = prediction.probs.detach().cpu().double().flatten(0, -2)
+            return probs.amax(-1).numpy(), (probs.argmax(-1) != self._targets.flatten()).numpy()
+        scores = log_scores(tree_map(lambda t: t.cpu(), prediction), self._targets)
+        per_row = scores.reshape(len(scores), -1).mean(1).numpy()
+        return per_row, per_row
 
-        return log_scores(prediction, self._targets).flatten(1).mean(1).numpy()
-
-    def _metric(self, losses: Any, rows: np.ndarray) -> float:
+    def _metric(self, losses: tuple[np.ndarray, np.ndarray], rows: np.ndarray) -> float:
+        confidence, loss = losses
         if self.metric == "nll":
-            return float(losses[rows].mean())
-        confidence, wrong = losses
-        return risk_coverage_curve(confidence[rows], wrong[rows]).aurc
+            return float(loss[rows].mean())
+        return risk_coverage_curve(confidence[rows], loss[rows]).aurc
 
-    def _difference(self, rows: np.ndarray) -> dict[str, float]:
-        return {"gap": self._metric(self._map, rows) - self._metric(self._truth, rows)}
+    def _difference(self, rows: np.ndarray) -> float:
+        return self._metric(self._map, rows) - self._metric(self._truth, rows)
 
     def closed(self, predictions: list[Prediction]) -> tuple[float, float]:
         """Mean share of the gap that the predictions close, and its standard error over rows."""
         each = [self._losses(prediction) for prediction in predictions]
 
-        def closed_on(rows: np.ndarray, losses: list[Any]) -> float:
-            at_mean, truth = self._metric(self._map, rows), self._metric(self._truth, rows)
-            found = float(np.mean([self._metric(loss, rows) for loss in losses]))
-            return (at_mean - found) / (at_mean - truth) if at_mean != truth else float("nan")
+        def closed_on(rows: np.ndarray) -> float:
+            gap = self._difference(rows)
+            found = float(np.mean([self._metric(losses, rows) for losses in each]))
+            return (self._metric(self._map, rows) - found) / gap if gap != 0 else float("nan")
 
-        value = closed_on(np.arange(self._n), each)
-        error = bootstrap(lambda rows: {"closed": closed_on(rows, each[:1])}, self._n, self._n_bootstrap, self._seed)
-        return value, error["closed"].standard_error
+        return closed_on(self._all), float(np.nanstd([closed_on(rows) for rows in self._resamples], ddof=1))
 
 
 def _costs(mean_network: MeanNetwork, predictors: list[nn.Module], inputs: Any) -> tuple[float, list[float]]:

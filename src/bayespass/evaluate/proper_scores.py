@@ -20,10 +20,10 @@ def log_scores(prediction: Prediction, targets: Tensor) -> Tensor:
         (...,) float64.
     """
     if isinstance(prediction, ClassificationPrediction):
-        check_targets(prediction.probs, targets, "classification")
+        targets = check_targets(prediction.probs, targets, "classification")
         probs = prediction.probs.double().clamp(min=torch.finfo(torch.float32).tiny)
         return -probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1).log()
-    check_targets(prediction.mean, targets, "regression")
+    targets = check_targets(prediction.mean, targets, "regression")
     total = prediction.total.double()
     return 0.5 * ((2 * math.pi * total).log() + (targets - prediction.mean).double().square() / total)
 
@@ -38,7 +38,7 @@ def brier_scores(prediction: ClassificationPrediction, labels: Tensor) -> Tensor
     Returns:
         (...,) float64.
     """
-    check_targets(prediction.probs, labels, "classification")
+    labels = check_targets(prediction.probs, labels, "classification")
     probs = prediction.probs.double()
     observed = torch.zeros_like(probs).scatter(-1, labels.unsqueeze(-1), 1.0)
     return (probs - observed).square().sum(-1)

@@ -44,6 +44,9 @@ def evaluate(prediction: Prediction, targets: Tensor, n_bootstrap: int = 200, se
     Regression: `nll` (nats), `rmse`, `coverage_95` (share of targets inside the 95 % interval),
     `interval_width_95` (mean width).
 
+    Each class label counts as one row, positions of a sequence included; for regression a row is
+    an entry of the first axis.
+
     Args:
         prediction: of any predictor.
         targets: (N,) class labels, or values of the mean's shape.
@@ -66,23 +69,23 @@ def evaluate(prediction: Prediction, targets: Tensor, n_bootstrap: int = 200, se
 
 
 def _classification(prediction: ClassificationPrediction, labels: Tensor, n_bootstrap: int, seed: int) -> Scores:
-    from sklearn.metrics import accuracy_score, brier_score_loss, log_loss
+    from sklearn.metrics import accuracy_score, brier_score_loss
 
     prediction = tree_map(lambda t: t.detach().cpu().flatten(0, -2), prediction)
     labels = labels.flatten()
-    check_targets(prediction.probs, labels, "classification")
+    labels = check_targets(prediction.probs, labels, "classification")
     probs = prediction.probs.double()
     probs = (probs / probs.sum(-1, keepdim=True)).numpy()
     right = (prediction.labels == labels).numpy()
     confidence = prediction.confidence.double().numpy()
     observed = labels.numpy()
     classes = np.arange(probs.shape[1])
-    nll = float(log_loss(observed, probs, labels=classes))
     brier = float(brier_score_loss(observed, probs, labels=classes, scale_by_half=False))  # type: ignore[arg-type]
     scores = {
-        "accuracy": Estimate(float(accuracy_score(observed, prediction.labels.numpy())), _standard_error(right)),
-        "nll": Estimate(nll, _standard_error(log_scores(prediction, labels).numpy())),
-        "brier": Estimate(brier, _standard_error(brier_scores(prediction, labels).numpy())),
+        "accuracy": Estimate(float(accuracy_score(observed, prediction.labels.numpy())), standard_error(right)),
+        # Not log_loss, which clips at 36 nats and so flatters a predictor that is certain and wrong.
+        "nll": _mean(log_scores(prediction, labels).numpy()),
+        "brier": Estimate(brier, standard_error(brier_scores(prediction, labels).numpy())),
     }
 
     def figures(rows: np.ndarray) -> dict[str, float]:
@@ -95,17 +98,21 @@ def _classification(prediction: ClassificationPrediction, labels: Tensor, n_boot
 
 
 def _regression(prediction: RegressionPrediction, targets: Tensor) -> Scores:
-    error = (targets - prediction.mean.detach().cpu()).double().flatten().numpy()
-    rmse = float(np.sqrt(np.mean(error**2)))
-    low, high = (bound.detach().cpu() for bound in prediction.interval(0.95))
-    inside = ((targets >= low) & (targets <= high)).flatten().numpy()
-    nll = log_scores(prediction, targets.to(prediction.mean.device)).flatten().cpu().numpy()
+    prediction = tree_map(lambda t: t.detach().cpu(), prediction)
+    error = _per_row((targets - prediction.mean).double().square())
+    rmse = float(np.sqrt(error.mean()))
+    low, high = prediction.interval(0.95)
     return {
-        "nll": _mean(nll),
-        "rmse": Estimate(rmse, _standard_error(error**2) / (2 * rmse) if rmse > 0 else 0.0),
-        "coverage_95": _mean(inside.astype(float)),
-        "interval_width_95": _mean((high - low).double().flatten().numpy()),
+        "nll": _mean(_per_row(log_scores(prediction, targets))),
+        "rmse": Estimate(rmse, standard_error(error) / (2 * rmse) if rmse > 0 else 0.0),
+        "coverage_95": _mean(_per_row(((targets >= low) & (targets <= high)).double())),
+        "interval_width_95": _mean(_per_row((high - low).double())),
     }
+
+
+def _per_row(values: Tensor) -> np.ndarray:
+    """Means over everything but the first axis: outputs of one row are no independent evidence."""
+    return values.reshape(len(values), -1).mean(1).numpy()
 
 
 def bootstrap(
@@ -129,8 +136,9 @@ def bootstrap(
 
 
 def _mean(values: np.ndarray) -> Estimate:
-    return Estimate(float(values.mean()), _standard_error(values))
+    return Estimate(float(values.mean()), standard_error(values))
 
 
-def _standard_error(values: np.ndarray) -> float:
+def standard_error(values: np.ndarray) -> float:
+    """Standard error of a mean over rows; NaN for a single row."""
     return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")

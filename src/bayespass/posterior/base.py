@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from bayespass.errors import InvalidInput, InvalidPosteriorFile, PosteriorMismatch
 from bayespass.likelihood import Likelihood, check_likelihood
 from bayespass.posterior import store
-
-VERSION = "0.1.0"
+from bayespass.version import __version__
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ class Posterior(ABC):
             "mean_hash": store.hash_tensors(self.mean),
             "frozen_hash": store.hash_tensors(store.frozen_tensors(model, set(self.names))),
             "info": asdict(self.info),
-            "bayespass_version": VERSION,
+            "bayespass_version": __version__,
         }
         if scales is not None:
             manifest["scales"] = {"approximation": getattr(scales, "approximation", None), "factors": dict(scales)}
@@ -154,9 +153,12 @@ class Posterior(ABC):
         try:
             info = PosteriorInfo(**manifest["info"])
             posterior = kind._from_tensors(tensors, list(manifest["names"]), info)
-        except (KeyError, TypeError) as error:
-            msg = f"{path} is damaged: its manifest lacks {error}. Save it again"
+        except (KeyError, TypeError, InvalidInput) as error:
+            msg = f"{path} is damaged: its manifest or tensors are not those of a posterior ({error}). Save it again"
             raise InvalidPosteriorFile(msg) from error
+        if store.hash_tensors(posterior.mean) != manifest.get("mean_hash"):
+            msg = f"{path} is damaged: the mean weights do not match their hash in the manifest. Save it again"
+            raise InvalidPosteriorFile(msg)
         posterior.check_model(model)
         if store.hash_tensors(store.frozen_tensors(model, set(posterior.names))) != manifest.get("frozen_hash"):
             msg = (
@@ -181,7 +183,12 @@ class Posterior(ABC):
                 f"use the model that the posterior was fitted on"
             )
             raise PosteriorMismatch(msg)
+        owners: dict[int, str] = {}
         for name, mean in self.mean.items():
+            first = owners.setdefault(id(parameters[name]), name)
+            if first != name:
+                msg = f"{first} and {name} are one tied parameter of {type(model).__name__}; keep one of the two names"
+                raise PosteriorMismatch(msg)
             if parameters[name].shape != mean.shape:
                 msg = (
                     f"parameter {name} has shape {tuple(mean.shape)} in the posterior and "

@@ -220,6 +220,8 @@ class IVON(Optimizer):
         mean, variance = {}, {}
         for group in self.param_groups:
             for name, parameter in zip(group["param_names"], group["params"], strict=True):
+                if not parameter.requires_grad:
+                    continue  # frozen weights are deterministic
                 mean[name] = parameter.detach().float().clone()
                 variance[name] = self._variance(parameter, group)
         return DiagonalGaussian(mean, variance, self.info)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from bayespass.batches import call_arguments, device_of, labelled_batches
+from bayespass.batches import device_of, labelled_batches
 from bayespass.calibrate.temperature import TemperatureScaling
 from bayespass.curvature.diagonal import Curvature, diagonal_curvature
 from bayespass.errors import InvalidInput, NotFitted
@@ -21,10 +21,11 @@ from bayespass.evaluate.proper_scores import log_scores
 from bayespass.likelihood import Likelihood, check_likelihood
 from bayespass.posterior.base import Posterior, PosteriorInfo, choose_names
 from bayespass.posterior.mean_field import DiagonalGaussian
+from bayespass.predict.dataset import predict_dataset
 from bayespass.predict.propagation import SinglePass
 from bayespass.predict.sampling import MeanNetwork
 from bayespass.predict.snapshot import check_eval
-from bayespass.prediction import ClassificationPrediction, Prediction, concatenate
+from bayespass.prediction import ClassificationPrediction, Prediction
 from bayespass.progress import track
 
 TuningMethod = Literal["marglik", "gridsearch"]
@@ -108,6 +109,7 @@ class Laplace:
         self.sigma_noise = sigma_noise
         trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.names = tuple(choose_names(trainable, names) if names is not None else trainable)
+        self.mean_: dict[str, Tensor] = {}
         self.curvature_: dict[str, Tensor] | None = None
         self.train_loss_: float = math.nan
         self.n_data_: int = 0
@@ -126,6 +128,7 @@ class Laplace:
         Raises:
             InvalidInput: an empty loader, targets that do not fit, or a curvature that is not finite.
         """
+        check_eval(self.model)
         values, loss, n_data = diagonal_curvature(
             self.model,
             train_loader,
@@ -140,11 +143,13 @@ class Laplace:
             if not torch.isfinite(value).all():
                 msg = f"the curvature of parameter {name} is NaN or infinite; check the model's weights and the data"
                 raise InvalidInput(msg)
+        parameters = dict(self.model.named_parameters())
+        self.mean_ = {name: parameters[name].detach().float().clone() for name in self.names}
         self.curvature_, self.train_loss_, self.n_data_ = values, loss, n_data
         return self
 
     def posterior(self, prior_precision: float | None = None) -> DiagonalGaussian:
-        """N(theta_MAP, T / (H + a0)), at the tuned or the given prior precision.
+        """N(theta, T / (H + a0)) with the weights at `fit`, at the tuned or the given prior precision.
 
         Args:
             prior_precision: a0; by default the present one.
@@ -154,12 +159,10 @@ class Laplace:
         """
         curvature = self._fitted()
         a0 = self.prior_precision if prior_precision is None else float(prior_precision)
-        parameters = dict(self.model.named_parameters())
-        mean = {name: parameters[name].detach().float().clone() for name in self.names}
         variance = {name: self.temperature / (value + a0) for name, value in curvature.items()}
         settings = {"hessian_structure": self.hessian_structure, "curvature": self.curvature}
         info = PosteriorInfo(self.likelihood, self.n_data_, a0, self.temperature, self.sigma_noise, "laplace", settings)
-        return DiagonalGaussian(mean, variance, info)
+        return DiagonalGaussian(self.mean_, variance, info)
 
     def log_marginal_likelihood(self, prior_precision: float | None = None) -> float:
         """Laplace's log p(D | a0), in nats, for the prior N(0, 1/a0) and temperature 1.
@@ -174,11 +177,9 @@ class Laplace:
         """
         curvature = self._fitted()
         a0 = self.prior_precision if prior_precision is None else float(prior_precision)
-        parameters = dict(self.model.named_parameters())
         value = -self.train_loss_
         for name, diagonal in curvature.items():
-            theta = parameters[name].detach().double()
-            value -= 0.5 * a0 * float(theta.square().sum())
+            value -= 0.5 * a0 * float(self.mean_[name].double().square().sum())
             value -= 0.5 * float(torch.log1p(diagonal.double() / a0).sum())
         return value
 
@@ -227,9 +228,10 @@ class Laplace:
             targets = torch.cat([target for _, target in held_out])
             steps = track(values, "prior precision", show=progress, total=len(values))
             scores = [
-                _score(_predict(predictor(self.model, self.posterior(value)), held_out), targets) for value in steps
+                _score(predict_dataset(predictor(self.model, self.posterior(value)), held_out), targets)
+                for value in steps
             ]
-            at_mean = _predict(MeanNetwork(self.model, self.posterior(values[-1])), held_out)
+            at_mean = predict_dataset(MeanNetwork(self.model, self.posterior(values[-1])), held_out)
             map_score = _score(at_mean, targets)
             if isinstance(at_mean, ClassificationPrediction):
                 temperature_score = _score(TemperatureScaling().fit(at_mean, targets)(at_mean), targets)
@@ -249,15 +251,6 @@ class Laplace:
             msg = "Laplace has no curvature yet; call fit(train_loader) first"
             raise NotFitted(msg)
         return self.curvature_
-
-
-def _predict(predictor: nn.Module, held_out: list[tuple[Any, Tensor]]) -> Prediction:
-    with torch.inference_mode():
-        predictions = []
-        for inputs, _ in held_out:
-            args, kwargs = call_arguments(inputs)
-            predictions.append(predictor(*args, **kwargs))
-    return concatenate(predictions)
 
 
 def _score(prediction: Prediction, targets: Tensor) -> float:

@@ -47,9 +47,16 @@ def frozen_tensors(model: nn.Module, random_names: set[str]) -> dict[str, Tensor
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
     """Write the file beside its destination, then rename it into place."""
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    header = {"format": FORMAT, "format_version": FORMAT_VERSION, "content_hash": hash_tensors(plain), **manifest}
+    header = {"format": FORMAT, "format_version": FORMAT_VERSION, **manifest}
+    header["content_hash"] = _hash_content(plain, header)
     with replacing(Path(path)) as temporary:
         save_file(plain, temporary, metadata={HEADER: json.dumps(header, sort_keys=True)})
+
+
+def _hash_content(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> str:
+    """SHA-256 over the tensors and everything the manifest says."""
+    rest = json.dumps({key: value for key, value in manifest.items() if key != "content_hash"}, sort_keys=True)
+    return hashlib.sha256((hash_tensors(tensors) + rest).encode()).hexdigest()
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -78,7 +85,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
     if manifest.get("format_version") != FORMAT_VERSION:
         msg = f"{path} has posterior format {manifest.get('format_version')}; this version reads {FORMAT_VERSION}"
         raise InvalidPosteriorFile(msg)
-    if manifest.get("content_hash") != hash_tensors(tensors):
-        msg = f"{path} is damaged: its tensors do not match the hash in its manifest. Save it again"
+    if manifest.get("content_hash") != _hash_content(tensors, manifest):
+        msg = f"{path} is damaged: its contents do not match the hash in its manifest. Save it again"
         raise InvalidPosteriorFile(msg)
     return tensors, manifest

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 import bayespass.rules  # noqa: F401  registers every rule
 from bayespass.approximation import CVP, Approximation, named_approximation
 from bayespass.batches import call_arguments, model_output
-from bayespass.errors import InvalidInput, UnsupportedOp
+from bayespass.errors import InvalidInput, MissingRule, UnsupportedOp
 from bayespass.gaussian import Found, GaussianTensor, read, unwrap, wrap
 from bayespass.link import Link, softmax_link
 from bayespass.moments import Moments, as_moments
@@ -44,7 +44,8 @@ class SinglePass(nn.Module):
 
     Raises:
         PosteriorMismatch: posterior and model do not fit.
-        InvalidInput: the model is in training mode, or a scale names no site or is not positive.
+        InvalidInput: the model is in training mode, a scale names no site or is not positive, or a
+            variance vanishes in float16.
 
     Source: arXiv 2606.16214 (CVP), arXiv 2411.18425 (streamlining).
     """
@@ -66,7 +67,11 @@ class SinglePass(nn.Module):
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         for name, variance in posterior.variance.items():
             like = parameters[name]
-            self.register_buffer(_buffer_name(name), variance.detach().to(like.device, like.dtype).clone())
+            cast = variance.detach().to(like.device, like.dtype, copy=True)
+            if like.dtype == torch.float16 and bool(((cast == 0) & (variance.to(like.device) > 0)).any()):
+                msg = f"the variance of {name} is below the range of float16 and would vanish; use bfloat16 or float32"
+                raise InvalidInput(msg)
+            self.register_buffer(_buffer_name(name), cast)
         self.sites = sites(self.model, self.names)
         self.scales = _checked_scales(scales, self.sites, self.approximation)
         self._site_hook: SiteHook | None = None
@@ -101,7 +106,7 @@ class SinglePass(nn.Module):
         try:
             output = functional_call(self.model, gaussian, args, kwargs)
         except UnsupportedOp as error:
-            raise UnsupportedOp(_located(error, self.model)) from error
+            raise type(error)(_located(error, self.model)) from error
         moments = as_moments(unwrap(model_output(output), []))
         variance = torch.zeros_like(moments.mean) if moments.var is None else moments.var
         return moments.mean, variance
@@ -137,14 +142,21 @@ def propagate(
 
 
 def sites(model: nn.Module, random_names: tuple[str, ...]) -> tuple[str, ...]:
-    """Paths of the modules that own random parameters directly, and the output's, `""`."""
+    """Paths of the modules that own random parameters directly, and the output's, `""`.
+
+    A block with a module rule is one site: what is inside it does not run.
+    """
     names = set(random_names)
     random = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in names}
-    owners = [
-        path
-        for path, module in model.named_modules()
-        if path != OUTPUT_SITE and any(id(p) in random for p in module.parameters(recurse=False))
-    ]
+    owners: list[str] = []
+    whole: list[str] = []
+    for path, module in model.named_modules():
+        if path == OUTPUT_SITE or path.startswith(tuple(f"{block}." for block in whole)):
+            continue
+        taken = module_rule_for(module) is not None  # its inner modules never run
+        whole += [path] if taken else []
+        if any(id(p) in random for p in module.parameters(recurse=taken)):
+            owners.append(path)
     return (*owners, OUTPUT_SITE)
 
 
@@ -198,7 +210,7 @@ def _take_whole(module: nn.Module) -> None:
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         found: Found = []
-        unwrap(self._parameters, found)
+        unwrap(list(self.parameters()), found)
         arguments, keywords = unwrap(args, found), unwrap(kwargs, found)
         if not found:
             return ordinary(*args, **kwargs)
@@ -224,7 +236,7 @@ def _located(error: UnsupportedOp, model: nn.Module) -> str:
         trace = trace.tb_next
     where = f" in {path}{line}" if path else ""
     remedy = (
-        "Register one with @bayespass.rule(operation), take the block whole with @bayespass.module_rule(Class), "
+        ". Register one with @bayespass.rule(operation), take the block whole with @bayespass.module_rule(Class), "
         "or leave the parameters before it out: posterior.subset(...)"
     )
-    return f"{error}{where}. {remedy}"
+    return f"{error}{where}{remedy if isinstance(error, MissingRule) else ''}"

@@ -10,7 +10,7 @@ from torch.func import functional_call
 from bayespass.batches import model_output
 from bayespass.errors import InvalidInput
 from bayespass.posterior.base import Posterior, PosteriorInfo
-from bayespass.predict.snapshot import check_eval, snapshot
+from bayespass.predict.snapshot import check_eval, place, snapshot
 from bayespass.prediction import ClassificationPrediction, Prediction, RegressionPrediction
 
 
@@ -47,7 +47,7 @@ class MonteCarlo(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Prediction:
         """The prediction for one batch, called as the model is called."""
         classification = self.info.likelihood == "classification"
-        outputs = self.outputs(*args, **kwargs)
+        outputs = map(in_single_precision, self.outputs(*args, **kwargs))
         mean = next(outputs)
         probs = torch.softmax(mean, -1) if classification else mean
         square = torch.zeros_like(mean)
@@ -70,10 +70,8 @@ class MonteCarlo(nn.Module):
             the output tensor, of the shape the model returns.
         """
         check_eval(self.model)
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
         for draw in self.posterior.sample(self.n_samples, self.seed):
-            placed = {name: value.to(parameters[name].device, parameters[name].dtype) for name, value in draw.items()}
-            yield model_output(functional_call(self.model, placed, args, kwargs))
+            yield model_output(functional_call(self.model, place(draw, self.model), args, kwargs))
 
 
 class MeanNetwork(nn.Module):
@@ -101,6 +99,11 @@ class MeanNetwork(nn.Module):
         return ClassificationPrediction(torch.softmax(output, -1), output, torch.zeros_like(output), "map")
 
 
+def in_single_precision(output: Tensor) -> Tensor:
+    """Half-precision outputs as float32: running means of many draws need the digits."""
+    return output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
+
+
 def prediction_from_draws(outputs: Tensor, info: PosteriorInfo, n_samples: int) -> Prediction:
     """The Monte-Carlo prediction of outputs that were drawn already.
 
@@ -109,6 +112,7 @@ def prediction_from_draws(outputs: Tensor, info: PosteriorInfo, n_samples: int) 
         info: of the posterior.
         n_samples: S, for the method's name.
     """
+    outputs = in_single_precision(outputs)
     mean, variance = outputs.mean(0), outputs.var(0)
     method, notes = f"mc{n_samples}", (f"{n_samples} draws",)
     if info.likelihood == "classification":

@@ -9,6 +9,8 @@ from bayespass.evaluate.compare import Comparison
 from bayespass.files import write_text
 from bayespass.report.table import table_caption, table_cells
 
+DRAWS_NOTE = "(d) is the standard error from the finite number of draws."
+
 
 @dataclass(frozen=True)
 class Section:
@@ -41,8 +43,8 @@ def write_report(path: str | os.PathLike[str], title: str, introduction: str, se
     environment = Environment(loader=PackageLoader("bayespass.report"), autoescape=True, trim_blocks=True)
     shown = []
     for section in sections:
-        headings, body = table_cells(section.comparison) if section.comparison else ([], [])
-        caption = table_caption(section.comparison) if section.comparison else ""
+        headings, body = table_cells(section.comparison, draws=True) if section.comparison else ([], [])
+        caption = f"{table_caption(section.comparison)} {DRAWS_NOTE}" if section.comparison else ""
         shown.append({"section": section, "headings": headings, "body": body, "caption": caption})
     page = environment.get_template("report.html").render(title=title, introduction=introduction, sections=shown)
     write_text(Path(path), page)

@@ -42,8 +42,13 @@ def comparison_rows(comparison: Comparison) -> list[dict[str, Any]]:
     ]
 
 
-def table_cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Headings and formatted cells; a figure that does not apply is a dash."""
+def table_cells(comparison: Comparison, *, draws: bool = False) -> tuple[list[str], list[list[str]]]:
+    """Headings and formatted cells; a figure that does not apply is a dash.
+
+    Args:
+        comparison: the numbers.
+        draws: add the standard error from the finite number of draws to Monte-Carlo rows, "(d 0.1)".
+    """
     classification = comparison.gap_metric == "aurc"
     scored = (  # name, heading, factor, digits
         [("accuracy", "acc %", 100, 1), ("nll", "NLL", 1, 3), ("ece", "ECE %", 100, 1), ("aurc", "AURC %", 100, 2)]
@@ -65,7 +70,10 @@ def table_cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
         cells = [predictor_label(row, comparison)]
         for name, _, factor, digits in scored:
             estimate = row.scores[name]
-            cells.append(_with_error(factor * estimate.value, factor * estimate.standard_error, digits))
+            cell = _with_error(factor * estimate.value, factor * estimate.standard_error, digits)
+            if draws and name in row.draw_errors:
+                cell += f" (d {factor * row.draw_errors[name]:.{digits}f})"
+            cells.append(cell)
         cells.append(_with_error(100 * row.gap_closed, 100 * row.gap_closed_error, 0))
         found = row.agreement
         if found is None:

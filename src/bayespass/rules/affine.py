@@ -4,8 +4,8 @@ Assumption: inputs, weights and biases are independent of each other, entry by e
 rules are exact. What it leaves out is that one weight's noise is common to all tokens, pixels and
 rows, see docs/assumptions.md#linear-maps.
 
-A linear map that follows a softmax consumes the softmax's `scores` instead of its variance; that
-is the matrix product in `attention.py`.
+A matrix product that follows a softmax is the second half of attention written out: it consumes the
+softmax's `scores` slot and uses `weighted_values` of `attention.py`.
 """
 
 from collections.abc import Callable

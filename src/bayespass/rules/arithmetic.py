@@ -55,8 +55,6 @@ def multiplication(input: Any, other: Any, *, out: None = None) -> Moments:
         UnsupportedOp: both factors are random and carry shared variance, which no rule combines.
     """
     refuse_out(out)
-    if input is other:
-        return square(input)
     if not isinstance(input, Moments):
         return scale(other, input)
     if not isinstance(other, Moments):
@@ -64,7 +62,7 @@ def multiplication(input: Any, other: Any, *, out: None = None) -> Moments:
     if input.shared is not None or other.shared is not None:
         msg = "no rule for the product of two Gaussian tensors with shared variance"
         raise UnsupportedOp(msg)
-    return bilinear(torch.mul, input, other)
+    return square(input) if input is other else bilinear(torch.mul, input, other)
 
 
 @rule(

@@ -43,6 +43,13 @@ MOVES: tuple[tuple[Callable[..., Any], ...], ...] = (
 # fmt: on
 
 
+# Moves whose result never shares memory with the input; all others may be views.
+COPIES = {
+    Tensor.repeat, Tensor.repeat_interleave, Tensor.tile, Tensor.flip, Tensor.roll, Tensor.rot90, Tensor.index_select,
+    Tensor.gather, Tensor.clone, F.unfold, F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle,
+}  # fmt: skip
+
+
 def _register_move(operations: tuple[Callable[..., Any], ...]) -> None:
     function = operations[0]
 
@@ -54,7 +61,7 @@ def _register_move(operations: tuple[Callable[..., Any], ...]) -> None:
         args = tuple(value.mean if isinstance(value, Moments) else value for value in args)
         return move(function, input, *args, **kwargs)
 
-    rule(*operations, knows_shared=True)(moved)
+    rule(*operations, knows_shared=True, aliases=function not in COPIES)(moved)
 
 
 for _operations in MOVES:
@@ -85,7 +92,7 @@ def cat(tensors: Sequence[Any], dim: int = 0, *, out: None = None, axis: int | N
     return _joined(torch.cat, tensors, dim if axis is None else axis)
 
 
-@rule(Tensor.__getitem__, knows_shared=True)
+@rule(Tensor.__getitem__, knows_shared=True, aliases=True)
 def getitem(input: Any, index: Any) -> Any:
     """x[index]: exact.
 
@@ -105,7 +112,16 @@ def stack(tensors: Sequence[Any], dim: int = 0, *, out: None = None) -> Moments:
     return _joined(torch.stack, tensors, dim)
 
 
-@rule(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, knows_shared=True)
+@rule(
+    F.dropout,
+    F.dropout1d,
+    F.dropout2d,
+    F.dropout3d,
+    F.alpha_dropout,
+    F.feature_alpha_dropout,
+    knows_shared=True,
+    aliases=True,
+)
 def dropout(input: Moments, p: float = 0.5, training: bool = False) -> Moments:
     """Dropout in eval mode is the identity: exact.
 

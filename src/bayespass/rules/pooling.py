@@ -20,7 +20,7 @@ from bayespass.approximation import Approximation
 from bayespass.errors import UnsupportedOp
 from bayespass.moments import Moments, average, in_float32, move
 from bayespass.rules.activation import normal_cdf, normal_pdf, standardised
-from bayespass.rules.registry import Accuracy, rule
+from bayespass.rules.registry import Accuracy, refuse_out, rule
 
 Size = Any  # an int, or one for each axis, as PyTorch takes it
 
@@ -32,6 +32,7 @@ def _pair(size: Size) -> tuple[int, int]:
 @rule(torch.mean, Tensor.mean, knows_shared=True)
 def mean(input: Moments, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, out: None = None) -> Moments:
     """Average of n entries: v = mean(sqrt(shared))^2 + mean(v - shared) / n. Exact under independence."""
+    refuse_out(out)
 
     def averaged(t: Tensor) -> Tensor:
         return t.mean(dim, keepdim=keepdim, dtype=dtype)
@@ -45,6 +46,7 @@ def summation(
     input: Moments, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, out: None = None
 ) -> Moments:
     """Sum of entries: variances add, shared standard deviations add. Exact under independence."""
+    refuse_out(out)
 
     def summed(t: Tensor) -> Tensor:
         return t.sum(dim, keepdim=keepdim, dtype=dtype)

@@ -13,13 +13,14 @@ A rule is an ordinary function under the operation's own public signature. It re
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
-from bayespass.errors import InvalidInput, UnsupportedOp
+from bayespass.errors import InvalidInput, MissingRule, UnsupportedOp
+from bayespass.moments import Moments
 
 Operation = Callable[..., Any]
 RuleFunction = TypeVar("RuleFunction", bound=Callable[..., Any])
@@ -58,7 +59,8 @@ class Rule:
     accuracy: Accuracy | Mapping[str, Accuracy] = EXACT
     depends_on: str | None = None
     knows_shared: bool = False
-    wants_approximation: bool = field(default=False)
+    aliases: bool = False
+    wants_approximation: bool = False
 
     def accuracy_under(self, approximation: Any) -> Accuracy:
         """The declared accuracy for this approximation."""
@@ -72,15 +74,12 @@ _IN_PLACE: dict[Operation, Operation] = {}
 _MODULE_RULES: dict[type[nn.Module], Callable[..., Any]] = {}
 
 
-def _wants_approximation(function: Callable[..., Any]) -> bool:
-    return "approximation" in inspect.signature(function).parameters
-
-
 def rule(
     *operations: Operation,
     accuracy: Accuracy | Mapping[str, Accuracy] = EXACT,
     depends_on: str | None = None,
     knows_shared: bool = False,
+    aliases: bool = False,
 ) -> Callable[[RuleFunction], RuleFunction]:
     """Register the decorated function as the rule of these operations.
 
@@ -91,6 +90,7 @@ def rule(
         depends_on: that field's name.
         knows_shared: whether the rule carries `Moments.shared`; a rule that does not is never
             handed moments that have it.
+        aliases: whether the operation may return a view of its input's memory.
 
     Returns:
         The decorator, which returns the function unchanged.
@@ -103,7 +103,8 @@ def rule(
         raise InvalidInput(msg)
 
     def register(function: RuleFunction) -> RuleFunction:
-        entry = Rule(function, operations, accuracy, depends_on, knows_shared, _wants_approximation(function))
+        wants = "approximation" in inspect.signature(function).parameters
+        entry = Rule(function, operations, accuracy, depends_on, knows_shared, aliases, wants)
         _RULES.update(dict.fromkeys(operations, entry))
         return function
 
@@ -150,6 +151,33 @@ def module_rule_for(module: nn.Module) -> Callable[..., Any] | None:
     return None
 
 
+def call_rule(operation: Callable[..., Any], args: list[Any], kwargs: dict[str, Any], approximation: Any) -> Any:
+    """The rule's result for one operation on `Moments` and plain values.
+
+    Raises:
+        MissingRule: the operation has no rule.
+        UnsupportedOp: its rule does not take these arguments, or does not carry shared variance.
+        TypeError: raised inside the rule.
+    """
+    entry = _RULES.get(operation)
+    if entry is None:
+        shown = ", ".join(_describe(value) for value in [*args, *kwargs.values()])
+        msg = f"no Gaussian rule for {operation_name(operation)} (got {shown})"
+        raise MissingRule(msg)
+    if not entry.knows_shared and any(_has_shared(value) for value in [*args, *kwargs.values()]):
+        msg = f"the rule of {operation_name(operation)} does not carry shared variance and would drop it"
+        raise UnsupportedOp(msg)
+    if entry.wants_approximation:
+        kwargs = {**kwargs, "approximation": approximation}
+    try:
+        return entry.call(*args, **kwargs)
+    except TypeError as error:
+        if error.__traceback__ is None or error.__traceback__.tb_next is not None:
+            raise  # raised inside the rule, not by binding its arguments
+        msg = f"the Gaussian rule of {operation_name(operation)} does not take these arguments: {error}"
+        raise UnsupportedOp(msg) from error
+
+
 def operation_name(operation: Operation) -> str:
     """The name a user would write: `torch.nn.functional.gelu`, `torch.Tensor.add`."""
     name = getattr(operation, "__name__", repr(operation))
@@ -171,3 +199,15 @@ def refuse_out(out: Any) -> None:
     if out is not None:
         msg = "out= would store the mean without its variance; drop the out argument in the model"
         raise UnsupportedOp(msg)
+
+
+def _has_shared(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(_has_shared(part) for part in value)
+    return isinstance(value, Moments) and value.shared is not None
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Moments):
+        return f"Gaussian {tuple(value.mean.shape)} {value.mean.dtype}".replace("torch.", "")
+    return f"Tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)[:40]
