@@ -17,7 +17,7 @@ from rich.console import Console
 
 from bayespass.demo.run import NETWORKS, PREDICTORS, picture, run_demo, run_network
 from bayespass.report.figure import save_png
-from bayespass.report.table import comparison_rows, comparison_table
+from bayespass.report.table import TABLE_WIDTH, comparison_rows, comparison_table
 from results import ROOT, write_result
 
 SUMMARISED = ("streamlined", "cvp_uncalibrated", "cvp", "mc4", "mc16", "mc64")
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--reference", type=int, default=200, help="draws of the Monte-Carlo reference")
     arguments = parser.parse_args()
-    console = Console(width=170)
+    console = Console(width=TABLE_WIDTH)
     table, pictured = [], None
     for seed in arguments.seeds:
         for key in NETWORKS:

@@ -47,7 +47,7 @@ def compare_command(
     from bayespass.evaluate.compare import compare
     from bayespass.files import write_json
     from bayespass.posterior.base import Posterior
-    from bayespass.report.table import comparison_rows, comparison_table
+    from bayespass.report.table import TABLE_WIDTH, comparison_rows, comparison_table
 
     network = build_model(model, weights)
     distribution = Posterior.load(posterior, network)
@@ -57,7 +57,7 @@ def compare_command(
     result = compare(
         network, distribution, read_npz(data, batch_size), names, scales, reference, seed=seed, progress=not quiet
     )
-    console = Console(width=None if Console().is_terminal else 160)
+    console = Console(width=None if Console().is_terminal else TABLE_WIDTH)
     console.print(comparison_table(result, f"{model} on {data}"))
     if output is not None:
         write_json(output, {"rows": comparison_rows(result), "gap": result.gap, "gap_interval": result.gap_interval})

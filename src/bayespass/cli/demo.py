@@ -21,10 +21,10 @@ def demo_command(
     from rich.console import Console
 
     from bayespass.demo.run import run_demo
-    from bayespass.report.table import comparison_table
+    from bayespass.report.table import TABLE_WIDTH, comparison_table
 
     results, seconds = run_demo(output, seed, reference, progress=not quiet)
-    console = Console(width=None if Console().is_terminal else 160)
+    console = Console(width=None if Console().is_terminal else TABLE_WIDTH)
     for result in results:
         console.print(comparison_table(result.comparison, f"{result.title}, {len(result.test.labels)} test digits"))
         console.print()

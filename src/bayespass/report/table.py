@@ -9,6 +9,7 @@ from rich.table import Table
 
 from bayespass.evaluate.compare import Comparison, ComparisonRow
 
+TABLE_WIDTH = 164  # columns that the widest table needs where the output is no terminal
 LABELS = {
     "map": "MAP (deterministic)",
     "streamlined": "streamlined",
@@ -51,7 +52,7 @@ def table_cells(comparison: Comparison, *, draws: bool = False) -> tuple[list[st
     """
     classification = comparison.gap_metric == "aurc"
     scored = (  # name, heading, factor, digits
-        [("accuracy", "acc %", 100, 1), ("nll", "NLL", 1, 3), ("ece", "ECE %", 100, 1), ("aurc", "AURC %", 100, 2)]
+        [("accuracy", "acc %", 100, 1), ("nll", "NLL", 1, 2), ("ece", "ECE %", 100, 1), ("aurc", "AURC %", 100, 2)]
         + [(f"coverage_at_{risk}", f"cov@{risk}%", 100, 1) for risk in ("0.5", "1", "5")]
         if classification
         else [("rmse", "RMSE", 1, 3), ("nll", "NLL", 1, 3), ("coverage_95", "in 95 % interval", 1, 3)]
@@ -106,7 +107,8 @@ def comparison_table(comparison: Comparison, title: str) -> Table:
         pad_edge=False,
     )
     for heading in headings:
-        table.add_column(heading, justify="left" if heading == "predictor" else "right", no_wrap=heading == "predictor")
+        first = heading == "predictor"
+        table.add_column(heading, justify="left" if first else "right", no_wrap=first, overflow="fold")
     for cells in body:
         table.add_row(*cells)
     return table
