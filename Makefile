@@ -39,7 +39,7 @@ format: $(READY) ## Fix what style checks can fix.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-benchmark-demo: $(READY) ## Run the demo's comparison over three seeds; writes benchmarks/results/demo.json, the picture and the table of the README.
+benchmark-demo: $(READY) ## Run the demo's comparison over six seeds (15 minutes); writes benchmarks/results/demo.json, the picture and the table of the README.
 	$(BIN)/python benchmarks/demo.py
 	$(BIN)/python benchmarks/readme.py
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bayespass.errors import InvalidInput
-from bayespass.evaluate.calibration_error import reliability_curve
+from bayespass.evaluate.calibration_error import DEFAULT_BINS, reliability_curve
 from bayespass.evaluate.selective import risk_coverage_curve
 from bayespass.prediction import ClassificationPrediction
 
@@ -36,7 +36,7 @@ def new_figure(width: float, height: float, columns: int = 1) -> "tuple[Figure, 
     return figure, list(axes)
 
 
-def draw_reliability(axis: "Axes", predictions: Predictions, labels: np.ndarray, n_bins: int = 10) -> None:
+def draw_reliability(axis: "Axes", predictions: Predictions, labels: np.ndarray, n_bins: int = DEFAULT_BINS) -> None:
     """Accuracy against confidence, one line per predictor; the diagonal is perfect calibration.
 
     Args:

@@ -48,7 +48,7 @@ def table_cells(comparison: Comparison, *, draws: bool = False) -> tuple[list[st
 
     Args:
         comparison: the numbers.
-        draws: add the standard error from the finite number of draws to Monte-Carlo rows, "(d 0.1)".
+        draws: add the standard error from the finite number of draws to Monte-Carlo rows, as a second line "(d 0.1)".
     """
     classification = comparison.gap_metric == "aurc"
     scored = (  # name, heading, factor, digits
@@ -73,7 +73,7 @@ def table_cells(comparison: Comparison, *, draws: bool = False) -> tuple[list[st
             estimate = row.scores[name]
             cell = _with_error(factor * estimate.value, factor * estimate.standard_error, digits)
             if draws and name in row.draw_errors:
-                cell += f" (d {factor * row.draw_errors[name]:.{digits}f})"
+                cell += f"\n(d {factor * row.draw_errors[name]:.{digits}f})"
             cells.append(cell)
         cells.append(_with_error(100 * row.gap_closed, 100 * row.gap_closed_error, 0))
         found = row.agreement
