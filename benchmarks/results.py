@@ -36,9 +36,9 @@ def write_result(name: str, seeds: list[int], table: list[dict[str, Any]], summa
         "versions": {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}},
         "machine": {
             "cores": os.cpu_count(),
-            "torch_threads": torch.get_num_threads(),
             "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         },
+        "threads": torch.get_num_threads(),
         "seeds": seeds,
         "summary": summary,
         "table": table,

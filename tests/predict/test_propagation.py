@@ -28,6 +28,10 @@ from bayespass.gaussian import moments_of
 REGRESSION = PosteriorInfo("regression", sigma_noise=0.3)
 
 
+def deep_vit():
+    return SmallViT(depth=4)
+
+
 def isotropic(model, sd, info=None):
     mean = {name: p.detach() for name, p in model.named_parameters()}
     return DiagonalGaussian(mean, {name: torch.full_like(p, sd**2) for name, p in mean.items()}, info)
@@ -69,9 +73,9 @@ def test_two_layer_bayesian_linear_regression_equals_its_closed_form():
 @pytest.mark.parametrize(
     "approximation", [STREAMLINED, CVP, Approximation("delta", norm="delta")], ids=lambda a: a.name
 )
-@pytest.mark.parametrize("build", [SmallViT, SmallCNN])
+@pytest.mark.parametrize("build", [deep_vit, SmallCNN])
 def test_whole_networks_against_monte_carlo(build, approximation):
-    """At a small posterior the variance is within a factor of three; the mean within 0.3 sd, 0.4 if it never moves.
+    """At a small posterior the mean is within 0.3 sd and the variance within a factor of three.
 
     Weights are scaled up because norms at the mean overstate variance without limit where
     activations are nearly constant, as in an untrained transformer (single_pass notes 3.3).
@@ -80,7 +84,7 @@ def test_whole_networks_against_monte_carlo(build, approximation):
     model, x = build().eval(), torch.randn(6, 1, 8, 8)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(4 if build is SmallViT and parameter.dim() > 1 else 1)
+            parameter.mul_(4 if build is deep_vit and parameter.dim() > 1 else 1)
     posterior = isotropic(model, 0.02)
     with torch.inference_mode():
         single = SinglePass(model, posterior, approximation)(x)
@@ -88,7 +92,7 @@ def test_whole_networks_against_monte_carlo(build, approximation):
     ratio = (single.logit_variance / reference.logit_variance).log().mean().exp()
     assert 1 / 3 < float(ratio) < 3
     gap = (single.logit_mean - reference.logit_mean) / reference.logit_variance.sqrt()
-    assert float(gap.abs().mean()) < (0.4 if approximation is STREAMLINED else 0.3)
+    assert float(gap.abs().mean()) < 0.3
     torch.testing.assert_close(single.probs.sum(-1), torch.ones(6))
 
 

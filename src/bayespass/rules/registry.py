@@ -34,7 +34,8 @@ class Accuracy:
         mean: largest error of the mean, in units of the largest output sd of the case.
         variance: largest error of the variance, in units of the largest output variance.
 
-    Zero and zero means exact. Bounds hold for input means within [-4, 4] and input sd up to 2;
+    Zero and zero means exact. Bounds hold for input means within [-4, 4] and input sd up to 2, or
+    for the narrower range that the rule's docstring names;
     `bayespass.testing.check_rule` measures them by Monte Carlo.
     """
 
