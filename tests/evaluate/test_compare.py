@@ -1,5 +1,8 @@
+import io
+
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from bayespass import DiagonalGaussian, InvalidInput, MonteCarlo, PosteriorInfo, VarianceScales, compare, evaluate
@@ -132,3 +135,14 @@ def test_vector_and_sequence_outputs():
     result = compare(tagger, posterior, [(words, tags)], ("map",), n_reference=10, n_bootstrap=5)
     aurc = result.row("map").scores["aurc"].value - result.row("mc10").scores["aurc"].value
     assert result.gap == pytest.approx(aurc)
+
+
+@pytest.mark.parametrize("width", [80, 100, 127, 128, 140, 163, 164])
+def test_no_figure_is_split_in_any_terminal(comparison, width):
+    table = comparison_table(comparison, "title", width)
+    console = Console(width=width, file=io.StringIO(), color_system=None)
+    console.print(table)
+    words = console.file.getvalue().split()
+    for column in table.columns:
+        for cell in column.cells:
+            assert all(word in words for word in cell.split()), f"{cell!r} is broken at {width} columns"

@@ -58,7 +58,7 @@ def compare_command(
         network, distribution, read_npz(data, batch_size), names, scales, reference, seed=seed, progress=not quiet
     )
     console = Console(width=None if Console().is_terminal else TABLE_WIDTH)
-    console.print(comparison_table(result, f"{model} on {data}"))
+    console.print(comparison_table(result, f"{model} on {data}", console.width))
     if output is not None:
         write_json(output, {"rows": comparison_rows(result), "gap": result.gap, "gap_interval": result.gap_interval})
 

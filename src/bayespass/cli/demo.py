@@ -26,6 +26,7 @@ def demo_command(
     results, seconds = run_demo(output, seed, reference, progress=not quiet)
     console = Console(width=None if Console().is_terminal else TABLE_WIDTH)
     for result in results:
-        console.print(comparison_table(result.comparison, f"{result.title}, {len(result.test.labels)} test digits"))
+        title = f"{result.title}, {len(result.test.labels)} test digits"
+        console.print(comparison_table(result.comparison, title, console.width))
         console.print()
     console.print(f"{seconds:.0f} s; the report is {output / 'report.html'}", soft_wrap=True)

@@ -10,6 +10,8 @@ from rich.table import Table
 from bayespass.evaluate.compare import Comparison, ComparisonRow
 
 TABLE_WIDTH = 164  # columns that the widest table needs where the output is no terminal
+STACKED_WIDTH = 128  # the same with every error under its figure
+MAIN_HEADINGS = ("predictor", "NLL", "RMSE", "AURC %", "cov@1%", "gap closed %", "KL to MC", "cost")
 LABELS = {
     "map": "MAP (deterministic)",
     "streamlined": "streamlined",
@@ -90,14 +92,21 @@ def table_cells(comparison: Comparison, *, draws: bool = False) -> tuple[list[st
     return headings, body
 
 
-def comparison_table(comparison: Comparison, title: str) -> Table:
+def comparison_table(comparison: Comparison, title: str, width: int = TABLE_WIDTH) -> Table:
     """The table that the terminal shows.
 
     Args:
         comparison: the numbers.
         title: above the table.
+        width: columns of the terminal; below 164 errors stand under their figures, below 128 only
+            the main figures are shown.
     """
     headings, body = table_cells(comparison)
+    if width < TABLE_WIDTH:
+        body = [[cell.replace("±", "\n±") for cell in cells] for cells in body]
+    if width < STACKED_WIDTH:
+        kept = [index for index, heading in enumerate(headings) if heading in MAIN_HEADINGS]
+        headings, body = [headings[i] for i in kept], [[cells[i] for i in kept] for cells in body]
     table = Table(
         title=title,
         caption=table_caption(comparison),
