@@ -60,8 +60,9 @@ def test_help_names_the_commands(folder):
     assert result.returncode == 0
     assert "demo" in result.stdout
     assert "compare" in result.stdout
+    assert "inspect" in result.stdout
     assert "bayespass demo" in result.stdout
-    for command in ("demo", "compare"):
+    for command in ("demo", "compare", "inspect"):
         assert run(command, "--help", cwd=folder).returncode == 0
 
 
@@ -82,6 +83,7 @@ def test_compare_prints_a_table_and_writes_json(folder):
     [
         (["nowhere:build", "posterior.safetensors", "data.npz"], "cannot be imported"),
         (["net", "posterior.safetensors", "data.npz"], "module:factory"),
+        ([".", "posterior.safetensors", "data.npz"], "without config.json"),
         (["net:not_a_module", "posterior.safetensors", "data.npz"], "not a torch.nn.Module"),
         (["net:build", "absent.safetensors", "data.npz"], "no posterior file"),
         (["net:build", "data.npz", "data.npz"], "not a readable"),

@@ -12,6 +12,7 @@ from bayespass.errors import InvalidInput
 Activation = Literal["moments", "linear"]
 Norm = Literal["expected", "delta", "at_mean"]
 Scores = Literal["at_mean"]
+Shared = Literal["ignore", "carry"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,9 @@ class Approximation:
             `"at_mean"` takes the statistics of the mean as constants.
         scores: attention scores. `"at_mean"` ignores the variance of queries and keys, so the
             attention weights are those of the mean and only values carry variance.
+        shared: noise that one weight makes at all positions (tokens, pixels, time steps).
+            `"carry"` follows the part of the variance that positions have in common, which
+            pooling and attention do not average away; `"ignore"` treats positions as independent.
 
     Raises:
         InvalidInput: a field has a value outside its list.
@@ -36,9 +40,10 @@ class Approximation:
     activation: Activation = "moments"
     norm: Norm = "expected"
     scores: Scores = "at_mean"
+    shared: Shared = "ignore"
 
     def __post_init__(self) -> None:
-        choices = {"activation": Activation, "norm": Norm, "scores": Scores}
+        choices = {"activation": Activation, "norm": Norm, "scores": Scores, "shared": Shared}
         for field in fields(self):
             if field.name in choices and getattr(self, field.name) not in get_args(choices[field.name]):
                 allowed = ", ".join(repr(value) for value in get_args(choices[field.name]))
@@ -59,7 +64,11 @@ CVP = Approximation("cvp", activation="moments", norm="expected", scores="at_mea
 moments, norm statistics at their expectation, value variance through squared attention weights.
 Frozen as the baseline of every later table."""
 
-NAMED = {approximation.name: approximation for approximation in (STREAMLINED, CVP)}
+SHARED = Approximation("shared", activation="moments", norm="delta", scores="at_mean", shared="carry")
+"""Matched moments, delta-form norms, and the variance that positions have in common carried along:
+what convolutional networks and long sequences need, for about one more product per layer."""
+
+NAMED = {approximation.name: approximation for approximation in (STREAMLINED, CVP, SHARED)}
 
 
 def named_approximation(approximation: "Approximation | str") -> Approximation:

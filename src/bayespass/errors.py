@@ -37,3 +37,7 @@ class InvalidPosteriorFile(BayespassError, ValueError):
 
 class NotFitted(BayespassError, RuntimeError):
     """A result was asked for before the step that produces it."""
+
+
+class MissingExtra(BayespassError, ImportError):
+    """A feature needs a package of an optional extra; the message says which to install."""

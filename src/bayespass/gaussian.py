@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bayespass.approximation import Approximation
 from bayespass.errors import UnsupportedOp
-from bayespass.moments import Moments
+from bayespass.moments import Moments, Source
 from bayespass.rules.registry import call_rule, in_place_operations, operation_name, rules
 
 # Reads of metadata, the same for the mean and for the pair.
@@ -58,6 +58,7 @@ class GaussianTensor(Tensor):
     gaussian_var: Tensor | None
     gaussian_shared: Tensor | None
     gaussian_scores: Tensor | None
+    gaussian_source: Source | None
     approximation: Approximation
     memory: "Memory | None"
     seen: int
@@ -73,6 +74,7 @@ class GaussianTensor(Tensor):
         wrapper.memory, wrapper.seen = None, 0
         wrapper.gaussian_mean, wrapper.gaussian_var = moments.mean, moments.var
         wrapper.gaussian_shared, wrapper.gaussian_scores = moments.shared, moments.scores
+        wrapper.gaussian_source = moments.source
         return wrapper
 
     def __init__(self, moments: Moments, approximation: Approximation) -> None:  # noqa: ARG002  see __new__
@@ -82,6 +84,7 @@ class GaussianTensor(Tensor):
         """Take new moments, as an in-place operation does; views of the same memory become stale."""
         self.gaussian_mean, self.gaussian_var = moments.mean, moments.var
         self.gaussian_shared, self.gaussian_scores = moments.shared, moments.scores
+        self.gaussian_source = moments.source
         if self.memory is not None:
             self.memory.version += 1
             self.seen = self.memory.version
@@ -138,7 +141,8 @@ def _share_memory(source: GaussianTensor, views: Any) -> None:
 
 def read(tensor: GaussianTensor) -> Moments:
     """The moments that a Gaussian tensor stands for."""
-    return Moments(tensor.gaussian_mean, tensor.gaussian_var, tensor.gaussian_shared, tensor.gaussian_scores)
+    t = tensor
+    return Moments(t.gaussian_mean, t.gaussian_var, t.gaussian_shared, t.gaussian_scores, t.gaussian_source)
 
 
 def unwrap(value: Any, found: Found) -> Any:

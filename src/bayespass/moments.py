@@ -14,12 +14,24 @@ The families:
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bayespass.errors import UnsupportedOp
+
+class Source(NamedTuple):
+    """Where a linear map's output came from, so that a product of two of them knows their covariance.
+
+    Args:
+        var: the variance of the map's input, the very tensor.
+        weight: (out, in) mean of the map.
+        gain: E[f'] of an activation applied since; `None` means 1.
+    """
+
+    var: Tensor
+    weight: Tensor
+    gain: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,6 +46,8 @@ class Moments:
         scores: on the output of a softmax only: the variance of its scores. Moves, dropout and
             casts keep it and the matrix product that follows consumes it, so that attention
             written out and the fused call agree. Everything else reads `var`.
+        source: on the output of a linear map and of an activation of it only: what it was made
+            from, for the covariance of gated products. Any other operation leaves it behind.
 
     Source: core decision 1.
     """
@@ -42,6 +56,7 @@ class Moments:
     var: Tensor | None = None
     shared: Tensor | None = None
     scores: Tensor | None = None
+    source: Source | None = None
 
 
 def as_moments(value: "Moments | Tensor") -> Moments:
@@ -49,17 +64,21 @@ def as_moments(value: "Moments | Tensor") -> Moments:
     return value if isinstance(value, Moments) else Moments(value)
 
 
-def in_float32(compute: Callable[[Tensor, Tensor], Moments], x: Moments) -> Moments:
-    """compute(mean, variance), in float32 where the input is half precision, cast back to its dtype.
+def in_float32(compute: Callable[[Moments], Moments], x: Moments) -> Moments:
+    """compute(x), in float32 where the input is half precision, cast back to its dtype.
 
-    Squares of half-precision values overflow and their differences cancel. `x` has a variance.
+    Squares of half-precision values overflow and their differences cancel.
     """
-    assert x.var is not None
     dtype = x.mean.dtype
     if dtype not in (torch.float16, torch.bfloat16):
-        return compute(x.mean, x.var)
-    result = compute(x.mean.float(), x.var.float())
-    return Moments(result.mean.to(dtype), apply(lambda v: v.to(dtype), result.var))
+        return compute(x)
+    result = compute(_cast(x, torch.float32))
+    return _cast(result, dtype)
+
+
+def _cast(x: Moments, dtype: torch.dtype) -> Moments:
+    fields = (apply(lambda t: t.to(dtype), field) for field in (x.var, x.shared, x.scores))
+    return Moments(x.mean.to(dtype), *fields, source=x.source)
 
 
 def total(*terms: Tensor | None) -> Tensor | None:
@@ -114,22 +133,18 @@ def bilinear(operation: Callable[[Tensor, Tensor], Tensor], a: "Moments | Tensor
 
     Exact when all entries are independent (products, matrix products, convolutions).
     Source: single_pass notes 3.1.
-
-    Raises:
-        UnsupportedOp: `b` has shared variance, which no product rule carries.
     """
     a, b = as_moments(a), as_moments(b)
-    if b.shared is not None:
-        msg = "no rule for a product whose second factor has shared variance"
-        raise UnsupportedOp(msg)
     mean = operation(a.mean, b.mean)
-    from_a = None if a.var is None else operation(a.var, b.mean.square())
-    from_b = None
-    if b.var is not None:
-        second_moment = a.mean.square() if a.var is None else torch.addcmul(a.var, a.mean, a.mean)
-        from_b = operation(second_moment, b.var)
-    shared = None if a.shared is None else operation(a.shared.expand_as(a.mean), b.mean.square())
-    return Moments(mean, total(from_a, from_b), shared)
+
+    def variance(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+        from_a = None if first is None else operation(first.expand_as(a.mean), b.mean.square())
+        if second is None:
+            return from_a
+        squares = a.mean.square() if first is None else torch.addcmul(first.expand_as(a.mean), a.mean, a.mean)
+        return total(from_a, operation(squares, second.expand_as(b.mean)))
+
+    return Moments(mean, variance(a.var, b.var), variance(a.shared, b.shared))
 
 
 def linearise(value: Tensor, derivative: Tensor, x: Moments) -> Moments:

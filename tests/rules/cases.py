@@ -162,7 +162,19 @@ MOVED: dict[str, Case] = {
     "clone": case(gaussian(2, 3)), "detach": case(gaussian(2, 3)), "to": case(gaussian(2, 3), torch.float64),
     "type": case(gaussian(2, 3), torch.float64), "type_as": case(gaussian(2, 3), plain(1)), "float": case(gaussian(2, 3)),
     "double": case(gaussian(2, 3)), "half": case(gaussian(2, 3)), "bfloat16": case(gaussian(2, 3)), "cpu": case(gaussian(2, 3)),
+    "take_along_dim": case(gaussian(4, 3), torch.tensor([[0, 1, 2], [3, 2, 1]]), 0), "take": case(gaussian(4, 3), INDEX),
+    "masked_select": case(gaussian(2, 3), torch.tensor([True, False, True])), "tril": case(gaussian(3, 3)), "triu": case(gaussian(3, 3), 1),
+    "diag": case(gaussian(3)), "diag_embed": case(gaussian(2, 3)), "fliplr": case(gaussian(2, 3)), "flipud": case(gaussian(2, 3)),
+    "hsplit": case(gaussian(2, 4), 2), "vsplit": case(gaussian(4, 2), 2), "unsafe_split": case(gaussian(2, 5), 2, 1),
+    "unsafe_chunk": case(gaussian(2, 5), 2, 1),
     "cuda": case(gaussian(2, 3)), "im2col": case(gaussian(1, 2, 3, 3), 2), "pixel_shuffle": case(gaussian(1, 4, 2, 2), 2),
     "pixel_unshuffle": case(gaussian(1, 1, 4, 4), 2), "channel_shuffle": case(gaussian(1, 4, 2, 2), 2),
 }  # fmt: skip
 MOVE_NAMES = {operations[0]: operations[0].__name__ for operations in MOVES}
+
+from pointwise_cases import POINTWISE_CASES  # noqa: E402  it uses the helpers above
+from surface_cases import EXTRA, SURFACE_CASES  # noqa: E402
+
+CASES |= SURFACE_CASES | POINTWISE_CASES
+for _operation, _cases in EXTRA.items():
+    CASES[_operation] = [*CASES[_operation], *_cases]

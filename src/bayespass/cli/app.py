@@ -6,6 +6,7 @@ import typer
 
 from bayespass.cli.compare import compare_command
 from bayespass.cli.demo import demo_command
+from bayespass.cli.inspect import inspect_command
 from bayespass.errors import BayespassError
 
 app = typer.Typer(
@@ -16,6 +17,7 @@ app = typer.Typer(
     "Start with `bayespass demo`; `bayespass COMMAND --help` explains each command.",
 )
 app.command("demo")(demo_command)
+app.command("inspect")(inspect_command)
 app.command("compare")(compare_command)
 
 

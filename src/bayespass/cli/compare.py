@@ -1,22 +1,15 @@
 """`bayespass compare`: predictors of one posterior on one data set, in one run."""
 
-import importlib
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from bayespass.cli.models import Model, Weights, build_model
 from bayespass.errors import InvalidInput
 
-Model = Annotated[
-    str, typer.Argument(help="module:factory that returns the trained nn.Module, e.g. my_project.net:build.")
-]
 PosteriorFile = Annotated[Path, typer.Argument(help="Posterior file written by posterior.save(...).")]
 Data = Annotated[Path, typer.Argument(help="npz file with the arrays `inputs` and `targets`.")]
-Weights = Annotated[
-    Path | None, typer.Option(help="safetensors file with the model's weights, if the factory has none.")
-]
 Predictors = Annotated[str, typer.Option(help="Comma-separated: map, mcS, streamlined, cvp, cvp_uncalibrated.")]
 Reference = Annotated[int, typer.Option(min=2, help="Weight samples of the Monte-Carlo reference.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows per batch; costs are measured on one batch.")]
@@ -61,43 +54,6 @@ def compare_command(
     console.print(comparison_table(result, f"{model} on {data}", console.width))
     if output is not None:
         write_json(output, {"rows": comparison_rows(result), "gap": result.gap, "gap_interval": result.gap_interval})
-
-
-def build_model(spec: str, weights: Path | None) -> Any:
-    """The module that `module:factory` returns, in eval mode, with weights loaded if given.
-
-    Raises:
-        InvalidInput: the text is no module:factory, it cannot be imported, it returns no module, or
-            the weights do not fit.
-    """
-    from torch import nn
-
-    module_name, colon, factory_name = spec.partition(":")
-    if not colon or not module_name or not factory_name:
-        msg = f"MODEL must be module:factory, such as my_project.net:build; got {spec!r}"
-        raise InvalidInput(msg)
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        factory = getattr(importlib.import_module(module_name), factory_name)
-    except (ImportError, AttributeError) as error:
-        msg = f"MODEL {spec!r} cannot be imported: {error}. Run from the folder that holds the module, or install it"
-        raise InvalidInput(msg) from error
-    finally:
-        sys.path.pop(0)
-    network = factory()
-    if not isinstance(network, nn.Module):
-        msg = f"MODEL {spec!r} returned {type(network).__name__}, not a torch.nn.Module"
-        raise InvalidInput(msg)
-    if weights is not None:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_model
-
-        try:
-            load_model(network, weights)
-        except (SafetensorError, RuntimeError, OSError) as error:
-            msg = f"--weights {weights} cannot be loaded into {spec}: {error}"
-            raise InvalidInput(msg) from error
-    return network.eval()
 
 
 def read_npz(path: Path, batch_size: int) -> list[tuple[Any, Any]]:

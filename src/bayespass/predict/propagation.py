@@ -4,6 +4,7 @@ The user's model runs on Gaussian parameters through `torch.func.functional_call
 it calls is answered by a rule. The result is a `Prediction`.
 """
 
+import inspect
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -79,6 +80,8 @@ class SinglePass(nn.Module):
             self.model.get_submodule(path).register_forward_hook(self._at_site(path))
         for module in self.model.modules():
             _take_whole(module)
+            if isinstance(module, nn.TransformerEncoder):
+                module.use_nested_tensor = False  # a shortcut for padding that no rule can follow
         self.eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Prediction:
@@ -207,6 +210,7 @@ def _take_whole(module: nn.Module) -> None:
     if whole is None:
         return
     ordinary = module.forward
+    wants_approximation = "approximation" in inspect.signature(whole).parameters
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         found: Found = []
@@ -214,7 +218,10 @@ def _take_whole(module: nn.Module) -> None:
         arguments, keywords = unwrap(args, found), unwrap(kwargs, found)
         if not found:
             return ordinary(*args, **kwargs)
-        return wrap(whole(self, *arguments, **keywords), found[0][0].approximation)
+        approximation = found[0][0].approximation
+        if wants_approximation:
+            keywords["approximation"] = approximation
+        return wrap(whole(self, *arguments, **keywords), approximation)
 
     module.forward = types.MethodType(forward, module)
 

@@ -1,16 +1,22 @@
-"""A comparison as rows of numbers, and as a table for the terminal."""
+"""Tables for the terminal: a comparison of predictors, and what `inspect` found in a model."""
 
 import math
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from bayespass.evaluate.compare import Comparison, ComparisonRow
+from bayespass.inspect import Coverage, OperationRow
 
 TABLE_WIDTH = 164  # columns that the widest table needs where the output is no terminal
 STACKED_WIDTH = 128  # the same with every error under its figure
+COVERAGE_WIDTH = 110  # columns from which the coverage table names classes
+STATUS_STYLES = {"exact": "green", "approximate": "yellow", "refused": "bold red", "missing": "bold red"}  # best first
 MAIN_HEADINGS = ("predictor", "NLL", "RMSE", "AURC %", "cov@1%", "gap closed %", "KL to MC", "cost")
 LABELS = {
     "map": "MAP (deterministic)",
@@ -147,3 +153,156 @@ def _with_error(value: float, error: float, digits: int) -> str:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def coverage_table(coverage: Coverage, width: int = TABLE_WIDTH, *, every: bool = False) -> Table:
+    """One line per module: what it calls, the worst status among it, and its random parameters.
+
+    Modules that differ only in the numbers of their path share a line, `layers.{0-11}`.
+
+    Args:
+        coverage: what was found.
+        width: columns of the terminal; below 110 classes and error bounds are left out.
+        every: a line for every module.
+    """
+    wide = width >= COVERAGE_WIDTH
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("module", overflow="fold")
+    table.add_column("", justify="right", no_wrap=True)
+    if wide:
+        table.add_column("class", overflow="fold")
+    table.add_column("operations" + (" (error of mean, variance)" if wide else ""), overflow="fold")
+    table.add_column("status", no_wrap=True)
+    table.add_column("random", justify="right", no_wrap=True)
+    by_path: dict[str, list[OperationRow]] = {}
+    for row in coverage.rows:
+        by_path.setdefault(row.path, []).append(row)
+    merged: dict[Any, list[str]] = {}
+    for path, rows in by_path.items():
+        signature = tuple((row.class_name, row.operation, row.calls, row.status) for row in rows)
+        merged.setdefault(path if every else (_pattern(path), signature), []).append(path)
+    sizes = {module.path: (module.random, module.total) for module in coverage.modules}
+    blocks: dict[str, list[tuple[str, list[str]]]] = {}  # by repeated prefix; other lines alone under their own name
+    for paths in merged.values():
+        name = merged_path(paths)
+        prefix, rest = _split_name(name)
+        blocks.setdefault(prefix or name, []).append((rest, paths))
+    limit = 29 if wide else 24
+    for prefix, members in blocks.items():
+        headed = len(members) > 1
+        if headed:
+            table.add_row(Text(_broken(prefix, limit), style="bold"))
+        for rest, paths in members:
+            rows = by_path[paths[0]]
+            name = f"  {rest or '(itself)'}" if headed else merged_path(paths) or "(model)"
+            worst = max((row.status for row in rows), key=list(STATUS_STYLES).index)
+            starred = "*" if any(row.drops for row in rows) else ""
+            cells: list[Any] = [Text(_broken(name, limit)), f"x{len(paths)}" if len(paths) > 1 else ""]
+            cells += [rows[0].class_name] if wide else []
+            cells += [_operations(rows, wide), Text(worst + starred, style=STATUS_STYLES[worst])]
+            table.add_row(*cells, _share(*(sum(sizes.get(p, (0, 0))[i] for p in paths) for i in (0, 1))))
+    return table
+
+
+def coverage_summary(coverage: Coverage) -> Text:
+    """The lines under the table: totals, cost, what is left out by design, and what is missing where."""
+    counts, cost = coverage.counts, coverage.cost
+    share = coverage.parameters_random / max(coverage.parameters_total, 1)
+    lines = [
+        f"{coverage.model}, approximation {coverage.approximation}, traced once on {'; '.join(coverage.inputs)}",
+        f"calls: {', '.join(f'{number} {status}' for status, number in counts.items())} "
+        "(exact: for independent Gaussian entries)",
+        f"parameters: {coverage.parameters_random:,} of {coverage.parameters_total:,} random ({100 * share:.0f} %)",
+        f"predicted cost: {cost.predicted_ratio:.1f}x the plain forward of these inputs"
+        f"{', or more once nothing is missing' if coverage.missing else ''} "
+        f"(arithmetic {cost.arithmetic_ratio:.1f}x, memory traffic {cost.traffic_ratio:.1f}x)",
+    ]
+    if coverage.unused:
+        more = f" and {len(coverage.unused) - 3} more" if len(coverage.unused) > 3 else ""
+        lines.append(f"random but never read: {', '.join(coverage.unused[:3])}{more}")
+    if any(row.drops for row in coverage.rows):
+        lines.append(f"* {coverage.approximation} leaves out: {'; '.join(coverage.drops)}")
+    lines += [f"note: {note}" for note in coverage.notes]
+    text = Text("\n".join(lines))
+    troubles: dict[Any, list[OperationRow]] = {}
+    for row in coverage.missing:
+        key = (row.status, row.operation, row.location, row.class_name, row.reason)
+        troubles.setdefault(key, []).append(row)
+    for (status, operation, location, class_name, reason), rows in troubles.items():
+        text.append(f"\n{status}: {operation}", style=STATUS_STYLES[status])
+        where = merged_path([row.path for row in rows]) or "the model"
+        text.append(f" in {where} ({class_name}), {location.rpartition('site-packages/')[2]}\n  {reason}")
+    if troubles:
+        text.append(
+            "\nRegister a rule with @bayespass.rule(operation), take a block whole with @bayespass.module_rule(Class), "
+            "or leave the parameters before it out: posterior.subset(...)"
+        )
+    return text
+
+
+def merged_path(paths: list[str]) -> str:
+    """One name for paths that differ only in numbers: `layers.{0-11}.norm`; several patterns are joined by commas."""
+    patterns: dict[Any, list[list[str]]] = {}
+    for path in paths:
+        patterns.setdefault(_pattern(path), []).append(path.split("."))
+    return ", ".join(".".join(_numbers(parts) for parts in zip(*alike, strict=True)) for alike in patterns.values())
+
+
+def _pattern(path: str) -> tuple[str | None, ...]:
+    return tuple(None if part.isdigit() else part for part in path.split("."))
+
+
+def _numbers(parts: Iterable[str]) -> str:
+    found = sorted(set(parts), key=lambda part: (len(part), part))
+    if len(found) == 1:
+        return found[0]
+    values = [int(part) for part in found]
+    if len(values) > 2 and values == list(range(values[0], values[-1] + 1)):
+        return f"{{{values[0]}-{values[-1]}}}"
+    return "{" + ",".join(found if len(found) < 5 else [*found[:2], "..", found[-1]]) + "}"
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """The name up to its last repeated part, and the rest."""
+    prefix, brace, rest = name.rpartition("}")
+    return prefix + brace, rest.removeprefix(".")
+
+
+def _broken(name: str, limit: int) -> str:
+    """A long path in several lines, broken at its dots."""
+    if len(name) <= limit or "." not in name[:limit]:
+        return name
+    cut = name[:limit].rindex(".") + 1
+    return name[:cut] + "\n    " + _broken(name[cut:], limit - 4)
+
+
+def _operations(rows: list[OperationRow], bounds: bool) -> Text:
+    """Short names, worst first, each in the colour of its status."""
+    parts: dict[str, str] = {}
+    calls: Counter[str] = Counter()
+    for row in sorted(rows, key=lambda row: -list(STATUS_STYLES).index(row.status)):
+        name = row.operation.rpartition(".")[2].strip("_").replace("scaled_dot_product_attention", "sdpa")
+        if row.module_rule:
+            name += " (module rule)"
+        elif bounds and row.status == "approximate" and row.mean_error is not None:
+            name += f" ({row.mean_error:g}, {row.variance_error:g})"
+        parts.setdefault(name, row.status)
+        calls[name] += row.calls
+    text = Text()
+    for name, status in parts.items():
+        text.append(", " if text else "")
+        text.append(name + (f" x{calls[name]}" if calls[name] > 1 else ""), style=STATUS_STYLES[status])
+    return text
+
+
+def _share(random: int, total: int) -> str:
+    if total == 0:
+        return ""
+    return _short(total) if random == total else f"{_short(random)} of {_short(total)}"
+
+
+def _short(number: int) -> str:
+    for factor, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= factor:
+            return f"{number / factor:.3g}{unit}"
+    return str(number)

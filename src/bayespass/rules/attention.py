@@ -12,6 +12,7 @@ Source: single_pass notes 3.4 (option A0).
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,23 +20,76 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bayespass.errors import UnsupportedOp
-from bayespass.moments import Moments, as_moments, average
-from bayespass.rules.registry import Accuracy, rule
+from bayespass.moments import Moments, apply, as_moments, average, move
+from bayespass.rules.registry import Accuracy, refuse_out, rule
+
+LARGEST_SHIFT = 2.0  # of a second-order mean, in nats: beyond it the expansion means nothing
 
 
-@rule(torch.softmax, F.softmax, Tensor.softmax, torch.special.softmax, accuracy=Accuracy(0.4, 0.4))
+@rule(
+    torch.softmax, F.softmax, Tensor.softmax, torch.special.softmax, accuracy=Accuracy(0.4, 0.4), knows_shared=True
+)  # fmt: skip
 def softmax(input: Moments, dim: int, dtype: torch.dtype | None = None, *, _stacklevel: int = 3) -> Moments:
     """First order at P = softmax(m), for independent scores: v_i = p_i^2 ((1 - 2 p_i) v_i + sum_j p_j^2 v_j).
 
     Bounds (mean in output sd, variance relative): 0.4 and 0.4 for score sd up to 1; both vanish
     with the score variance. `scores` carries v for attention written out.
     """
-    x = input if dtype is None else Moments(input.mean.to(dtype), None if input.var is None else input.var.to(dtype))
+    x = input if dtype is None else move(Tensor.to, input, dtype)
     p = torch.softmax(x.mean, dim)
-    if x.var is None:
-        return Moments(p)
     p2 = p.square()
-    return Moments(p, p2 * ((1 - 2 * p) * x.var + (p2 * x.var).sum(dim, keepdim=True)), scores=x.var)
+
+    def spread(v: Tensor) -> Tensor:
+        return p2 * ((1 - 2 * p) * v + (p2 * v).sum(dim, keepdim=True))
+
+    return Moments(p, apply(spread, x.var), apply(lambda s: spread(s.expand_as(p)), x.shared), scores=x.var)
+
+
+@rule(F.softmin, accuracy=Accuracy(0.4, 0.4), knows_shared=True)
+def softmin(input: Moments, dim: int, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Moments:
+    """softmax(-x), bounds 0.4 and 0.4."""
+    return softmax(replace(input, mean=-input.mean), dim, dtype)
+
+
+@rule(
+    torch.log_softmax, F.log_softmax, Tensor.log_softmax, torch.special.log_softmax, accuracy=Accuracy(0.4, 0.4),
+    knows_shared=True,
+)  # fmt: skip
+def log_softmax(input: Moments, dim: int, dtype: torch.dtype | None = None, *, _stacklevel: int = 3) -> Moments:
+    """First order: v_i - 2 p_i v_i + sum_j p_j^2 v_j, the mean less sum_j p_j (1 - p_j) v_j / 2.
+
+    Bounds (mean in output sd, variance relative): 0.4 and 0.4 for score sd up to 1.
+    """
+    x = input if dtype is None else move(Tensor.to, input, dtype)
+    value = torch.log_softmax(x.mean, dim)
+    if x.var is None:
+        return Moments(value)
+    p = value.exp()
+
+    def spread(v: Tensor) -> Tensor:
+        return (1 - 2 * p) * v + (p.square() * v).sum(dim, keepdim=True)
+
+    shift = (p * (1 - p) * x.var).sum(dim, keepdim=True) / 2
+    var = spread(x.var).clamp(min=0)
+    shared = apply(lambda s: spread(s.expand_as(p)).clamp(min=0), x.shared)
+    return Moments(value - shift.clamp(max=LARGEST_SHIFT), var, shared)
+
+
+@rule(torch.logsumexp, Tensor.logsumexp, torch.special.logsumexp, accuracy=Accuracy(0.4, 0.4), knows_shared=True)
+def logsumexp(input: Moments, dim: Any, keepdim: bool = False, *, out: None = None) -> Moments:
+    """First order: v = sum p^2 v, mean plus sum p (1 - p) v / 2; bounds 0.4 and 0.4 for sd up to 1."""
+    refuse_out(out)
+    value = torch.logsumexp(input.mean, dim, keepdim=True)
+    p = (input.mean - value).exp()
+
+    def summed(t: Tensor) -> Tensor:
+        return t.sum(dim, keepdim=keepdim)
+
+    mean = torch.logsumexp(input.mean, dim, keepdim=keepdim)
+    if input.var is None:
+        return Moments(mean)
+    shift = (summed(p * (1 - p) * input.var) / 2).clamp(max=LARGEST_SHIFT)
+    return Moments(mean + shift, summed(p.square() * input.var), apply(lambda s: summed(p.square() * s), input.shared))
 
 
 def weighted_values(weights: Tensor, values: Moments) -> Moments:
@@ -91,14 +145,11 @@ def scaled_dot_product_attention(
     if enable_gqa:
         groups = q.shape[-3] // k.shape[-3]
         k = k.repeat_interleave(groups, -3)
-        fields = (
-            None if f is None else f.repeat_interleave(groups, -3) for f in (values.mean, values.var, values.shared)
-        )
-        values = Moments(*fields)  # type: ignore[arg-type]
-    return weighted_values(_attention_weights(q, k, mask, is_causal, scale), values)
+        values = move(Tensor.repeat_interleave, values, groups, -3)
+    return weighted_values(attention_weights(q, k, mask, is_causal, scale), values)
 
 
-def _attention_weights(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None) -> Tensor:
+def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None) -> Tensor:
     """softmax(q k^T scale + mask); a row that sees no key has zero weights."""
     scores = q @ k.transpose(-2, -1) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
     if is_causal:

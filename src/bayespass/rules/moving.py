@@ -5,7 +5,8 @@ that an expand or a repeat copies are afterwards treated as independent, see
 docs/assumptions.md#copies.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bayespass.errors import UnsupportedOp
-from bayespass.moments import Moments, as_moments, move
-from bayespass.rules.registry import refuse_out, rule
+from bayespass.moments import Moments, move
+from bayespass.rules.registry import rule
 
 
 def _getter(name: str) -> Callable[..., Any]:
@@ -39,6 +40,11 @@ MOVES: tuple[tuple[Callable[..., Any], ...], ...] = (
     (Tensor.to,), (Tensor.type,), (Tensor.type_as,), (Tensor.float,), (Tensor.double,), (Tensor.half,),
     (Tensor.bfloat16,), (Tensor.cpu,), (Tensor.cuda,), (F.unfold,), (F.pixel_shuffle, torch.pixel_shuffle),
     (F.pixel_unshuffle, torch.pixel_unshuffle), (F.channel_shuffle, torch.channel_shuffle),
+    (Tensor.take_along_dim, torch.take_along_dim), (Tensor.take, torch.take),
+    (Tensor.masked_select, torch.masked_select), (Tensor.tril, torch.tril), (Tensor.triu, torch.triu),
+    (Tensor.diag, torch.diag), (Tensor.diag_embed, torch.diag_embed), (Tensor.fliplr, torch.fliplr),
+    (Tensor.flipud, torch.flipud), (Tensor.hsplit, torch.hsplit), (Tensor.vsplit, torch.vsplit),
+    (Tensor.unsafe_split, torch.unsafe_split), (Tensor.unsafe_chunk, torch.unsafe_chunk),
 )
 # fmt: on
 
@@ -47,7 +53,23 @@ MOVES: tuple[tuple[Callable[..., Any], ...], ...] = (
 COPIES = {
     Tensor.repeat, Tensor.repeat_interleave, Tensor.tile, Tensor.flip, Tensor.roll, Tensor.rot90, Tensor.index_select,
     Tensor.gather, Tensor.clone, F.unfold, F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle,
+    Tensor.take_along_dim, Tensor.take, Tensor.masked_select, Tensor.tril, Tensor.triu, Tensor.diag_embed,
+    Tensor.fliplr, Tensor.flipud,
 }  # fmt: skip
+
+
+SPLITS = {Tensor.split, Tensor.chunk}
+
+
+def _with_sources(parts: Any, x: Moments, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Parts of a linear map's output remember their rows of the map (a fused gate and up projection)."""
+    dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+    if x.source is None or x.source.gain is not None or dim not in (-1, x.mean.dim() - 1):
+        return parts
+    size = args[0] if args else next(kwargs[key] for key in ("split_size", "chunks") if key in kwargs)
+    weights = function(x.source.weight, size, dim=0)
+    pairs = zip(parts, weights, strict=True)
+    return tuple(replace(part, source=x.source._replace(weight=weight)) for part, weight in pairs)
 
 
 def _register_move(operations: tuple[Callable[..., Any], ...]) -> None:
@@ -59,37 +81,14 @@ def _register_move(operations: tuple[Callable[..., Any], ...]) -> None:
             kwargs = {key: value.mean if isinstance(value, Moments) else value for key, value in kwargs.items()}
             return function(input, *args, **kwargs)
         args = tuple(value.mean if isinstance(value, Moments) else value for value in args)
-        return move(function, input, *args, **kwargs)
+        moved = move(function, input, *args, **kwargs)
+        return _with_sources(moved, input, function, args, kwargs) if function in SPLITS else moved
 
     rule(*operations, knows_shared=True, aliases=function not in COPIES)(moved)
 
 
 for _operations in MOVES:
     _register_move(_operations)
-
-
-def _joined(operation: Callable[..., Tensor], tensors: Sequence[Any], dim: int) -> Moments:
-    parts = [as_moments(part) for part in tensors]
-    mean = operation([part.mean for part in parts], dim)
-
-    def field(name: str) -> Tensor | None:
-        values = [getattr(part, name) for part in parts]
-        if all(value is None for value in values):
-            return None
-        filled = [
-            torch.zeros_like(part.mean) if value is None else value.expand_as(part.mean)
-            for part, value in zip(parts, values, strict=True)
-        ]
-        return operation(filled, dim)
-
-    return Moments(mean, field("var"), field("shared"))
-
-
-@rule(torch.cat, torch.concat, torch.concatenate, knows_shared=True)
-def cat(tensors: Sequence[Any], dim: int = 0, *, out: None = None, axis: int | None = None) -> Moments:
-    """Joined along an axis: exact; parts without variance get zero variance."""
-    refuse_out(out)
-    return _joined(torch.cat, tensors, dim if axis is None else axis)
 
 
 @rule(Tensor.__getitem__, knows_shared=True, aliases=True)
@@ -103,13 +102,6 @@ def getitem(input: Any, index: Any) -> Any:
         msg = "a Gaussian tensor cannot be an index; take its values from a tensor that no random weight has touched"
         raise UnsupportedOp(msg)
     return move(lambda field: field[index], input)
-
-
-@rule(torch.stack, knows_shared=True)
-def stack(tensors: Sequence[Any], dim: int = 0, *, out: None = None) -> Moments:
-    """Stacked along a new axis: exact; parts without variance get zero variance."""
-    refuse_out(out)
-    return _joined(torch.stack, tensors, dim)
 
 
 @rule(
@@ -128,7 +120,7 @@ def dropout(input: Moments, p: float = 0.5, training: bool = False) -> Moments:
     Raises:
         UnsupportedOp: training mode, whose masks are a source of noise of their own.
     """
-    if training:
+    if training and p > 0:
         msg = "no Gaussian rule for dropout in training mode; call model.eval() before predicting"
         raise UnsupportedOp(msg)
     return input

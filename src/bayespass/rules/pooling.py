@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from bayespass.approximation import Approximation
 from bayespass.errors import UnsupportedOp
-from bayespass.moments import Moments, average, in_float32, move
+from bayespass.moments import Moments, apply, average, in_float32, move
 from bayespass.rules.activation import normal_cdf, normal_pdf, standardised
 from bayespass.rules.registry import Accuracy, refuse_out, rule
 
@@ -69,6 +69,14 @@ def adaptive_avg_pool2d(input: Moments, output_size: Any) -> Moments:
     return _adaptive(lambda t: F.adaptive_avg_pool2d(t, (height, width)), input, (height, width))
 
 
+@rule(F.adaptive_avg_pool3d, knows_shared=True)
+def adaptive_avg_pool3d(input: Moments, output_size: Any) -> Moments:
+    """Averages over windows that tile a volume. Exact under independence."""
+    wanted = (output_size,) * 3 if isinstance(output_size, int) or output_size is None else output_size
+    sizes = tuple(w or n for w, n in zip(wanted, input.mean.shape[-3:], strict=True))
+    return _adaptive(lambda t: F.adaptive_avg_pool3d(t, sizes), input, sizes)
+
+
 def _adaptive(pool: Callable[[Tensor], Tensor], x: Moments, sizes: tuple[int, ...]) -> Moments:
     counts = torch.ones((), dtype=x.mean.dtype, device=x.mean.device)
     for n, size in zip(x.mean.shape[-len(sizes) :], sizes, strict=True):
@@ -115,11 +123,32 @@ def avg_pool2d(
     return average(pool, lambda t: pool(t) * weight, input)
 
 
-Entry = tuple[Tensor, Tensor, Tensor | None]  # mean, variance, and whether inside the image
+@rule(F.avg_pool3d, knows_shared=True)
+def avg_pool3d(
+    input: Moments, kernel_size: Size, stride: Any = None, padding: Size = 0, ceil_mode: bool = False,
+    count_include_pad: bool = True, divisor_override: int | None = None,
+) -> Moments:  # fmt: skip
+    """Averages over windows of a volume. Exact under independence.
+
+    Raises:
+        UnsupportedOp: padding or `ceil_mode`, where windows differ in size.
+    """
+    if padding not in (0, (0, 0, 0)) or ceil_mode:
+        msg = "the Gaussian rule of avg_pool3d supports neither padding nor ceil_mode"
+        raise UnsupportedOp(msg)
+    size = kernel_size**3 if isinstance(kernel_size, int) else math.prod(kernel_size)
+    weight = 1 / (divisor_override or size)
+
+    def pool(t: Tensor) -> Tensor:
+        return F.avg_pool3d(t, kernel_size, stride, divisor_override=divisor_override)
+
+    return average(pool, lambda t: pool(t) * weight, input)
+
+
 MAX_ACCURACY = {"moments": Accuracy(0.06, 0.15), "linear": Accuracy(1.0, 1.1)}
 
 
-@rule(F.max_pool1d, torch.max_pool1d, accuracy=MAX_ACCURACY, depends_on="activation")
+@rule(F.max_pool1d, torch.max_pool1d, accuracy=MAX_ACCURACY, depends_on="activation", knows_shared=True)
 def max_pool1d(
     input: Moments, kernel_size: Size, stride: Any = None, padding: Size = 0, dilation: Size = 1,
     ceil_mode: bool = False, return_indices: bool = False, *, approximation: Approximation,
@@ -134,7 +163,7 @@ def max_pool1d(
     return move(torch.squeeze, pooled, -2)
 
 
-@rule(F.max_pool2d, torch.max_pool2d, accuracy=MAX_ACCURACY, depends_on="activation")
+@rule(F.max_pool2d, torch.max_pool2d, accuracy=MAX_ACCURACY, depends_on="activation", knows_shared=True)
 def max_pool2d(
     input: Moments, kernel_size: Size, stride: Any = None, padding: Size = 0, dilation: Size = 1,
     ceil_mode: bool = False, return_indices: bool = False, *, approximation: Approximation,
@@ -152,49 +181,103 @@ def max_pool2d(
         raise UnsupportedOp(msg)
     if approximation.activation == "linear" or input.var is None:
         maxima, where = F.max_pool2d(input.mean, kernel_size, stride, padding, dilation, ceil_mode, return_indices=True)
-        return Moments(maxima, None if input.var is None else _pick(input.var, where))
-    if ceil_mode:
-        msg = "no Gaussian rule for max_pool with ceil_mode=True under matched moments"
-        raise UnsupportedOp(msg)
+        var, shared = (apply(lambda t: _pick(t.expand_as(input.mean), where), f) for f in (input.var, input.shared))
+        return Moments(maxima, var, shared)
     kernel, strides = _pair(kernel_size), _pair(stride or kernel_size)
-    return in_float32(lambda m, v: _windowed_maximum(m, v, kernel, strides, padding, dilation), input)
+    if ceil_mode:
+        floor = F.max_pool2d(input.mean, kernel_size, stride, padding, dilation).shape[-2:]
+        if F.max_pool2d(input.mean, kernel_size, stride, padding, dilation, True).shape[-2:] != floor:
+            msg = "no Gaussian rule for max_pool with ceil_mode=True and windows that leave the image under matched moments"
+            raise UnsupportedOp(msg)
+    return in_float32(lambda x: _windowed_maximum(x, kernel, strides, padding, dilation), input)
 
 
 def _pick(field: Tensor, where: Tensor) -> Tensor:
     return field.flatten(-2).gather(-1, where.flatten(-2)).reshape(where.shape)
 
 
-def _windowed_maximum(m: Tensor, v: Tensor, kernel: Any, stride: Any, padding: Size, dilation: Size) -> Moments:
+def _windowed_maximum(x: Moments, kernel: Any, stride: Any, padding: Size, dilation: Size) -> Moments:
     (kh, kw), (sh, sw), (ph, pw), (dh, dw) = kernel, stride, _pair(padding), _pair(dilation)
 
-    def windows(t: Tensor, fill: float) -> list[Tensor]:
-        t = F.pad(t, (pw, pw, ph, ph), value=fill)
+    def windows(t: Tensor) -> list[Tensor]:
+        t = F.pad(t, (pw, pw, ph, ph))
         height, width = t.shape[-2] - dh * (kh - 1), t.shape[-1] - dw * (kw - 1)
         starts = [(i * dh, j * dw) for i in range(kh) for j in range(kw)]
         return [t[..., y : y + height : sh, x : x + width : sw] for y, x in starts]
 
-    entries: list[tuple[Tensor, Tensor]] = list(zip(windows(m, 0.0), windows(v, 0.0), strict=True))
-    inside = [None] * len(entries)
-    if ph or pw:
-        inside = [w > 0 for w in windows(torch.ones_like(m[..., :1, :, :]), 0.0)]
-    found: list[Entry] = [(*entry, valid) for entry, valid in zip(entries, inside, strict=True)]
+    assert x.var is not None
+    means, variances = windows(x.mean), windows(x.var)
+    common = [None] * len(means) if x.shared is None else windows(x.shared.expand_as(x.mean).sqrt())
+    inside = [w > 0 for w in windows(torch.ones_like(x.mean[..., :1, :, :]))] if ph or pw else [None] * len(means)
+    return largest(list(zip(means, variances, common, inside, strict=True)))
+
+
+@rule(torch.amax, Tensor.amax, accuracy=MAX_ACCURACY, depends_on="activation", knows_shared=True)
+def amax(
+    input: Moments, dim: Any = (), keepdim: bool = False, *, out: None = None, approximation: Approximation
+) -> Moments:  # fmt: skip
+    """Maxima along axes by Clark's pairwise moments; bounds as for `max_pool2d`: 0.06, 0.15; 1.0, 1.1 linear."""
+    refuse_out(out)
+    axes = (dim,) if isinstance(dim, int) else tuple(dim) or tuple(range(input.mean.dim()))
+    axes = tuple(axis % input.mean.dim() for axis in axes)
+    kept = [axis for axis in range(input.mean.dim()) if axis not in axes]
+    flat = move(lambda t: t.permute(*kept, *axes).flatten(len(kept)), input)
+    if approximation.activation == "linear" or flat.var is None:
+        where = flat.mean.argmax(-1, keepdim=True)
+        found = move(lambda t: t.gather(-1, where).squeeze(-1), flat)
+    else:
+        means, variances = flat.mean.unbind(-1), flat.var.unbind(-1)
+        common = [None] * len(means) if flat.shared is None else list(flat.shared.sqrt().unbind(-1))
+        found = largest([(m, v, g, None) for m, v, g in zip(means, variances, common, strict=True)])
+    shape = torch.amax(input.mean, axes, keepdim=keepdim).shape
+    return move(Tensor.reshape, found, shape)
+
+
+@rule(torch.max, Tensor.max, accuracy=MAX_ACCURACY, depends_on="activation", knows_shared=True)
+def maximum_along(
+    input: Moments, dim: int | None = None, keepdim: bool = False, *, out: None = None, approximation: Approximation
+) -> Any:  # fmt: skip
+    """As `amax`, bounds 0.06, 0.15; 1.0, 1.1 linear; with an axis, also the place of the largest mean."""
+    refuse_out(out)
+    if dim is None:
+        return amax(input, approximation=approximation)
+    values = amax(input, dim, keepdim, approximation=approximation)
+    return torch.return_types.max((values, input.mean.argmax(dim, keepdim=keepdim)))
+
+
+Entry = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # mean, variance, shared sd, whether it takes part
+
+
+def largest(entries: list[Entry]) -> Moments:
+    """Moments of the largest of several Gaussians, pair by pair."""
+    found = entries
     while len(found) > 1:
         pairs = [found[i : i + 2] for i in range(0, len(found), 2)]
         found = [_maximum(*pair) if len(pair) == 2 else pair[0] for pair in pairs]
-    return Moments(found[0][0], found[0][1])
+    mean, var, common, _ = found[0]
+    return Moments(mean, var, None if common is None else torch.minimum(common.square(), var))
 
 
 def _maximum(a: Entry, b: Entry) -> Entry:
-    """Clark's moments of max(a, b) for independent Gaussians; an entry in the padding yields to the other."""
-    (m1, v1, valid1), (m2, v2, valid2) = a, b
-    gap, spread = m1 - m2, (v1 + v2).sqrt()
+    """Clark's moments of max(a, b), whose covariance is that of their shared parts.
+
+    The larger one's shared part is met with the probability that it is the larger. An entry in
+    the padding yields to the other.
+    """
+    (m1, v1, g1, valid1), (m2, v2, g2, valid2) = a, b
+    gap = m1 - m2
+    spread = (v1 + v2 if g1 is None or g2 is None else (v1 + v2 - 2 * g1 * g2).clamp(min=0)).sqrt()
     alpha = standardised(gap, spread)
     p, tail = normal_cdf(alpha), spread * normal_pdf(alpha)
     q = 1 - p
     m = torch.addcmul(m2, gap, p) + tail
     v = (v1 * p + v2 * q + gap * (gap * p * q + tail * (q - p)) - tail * tail).clamp(min=0)
+    g = None if g1 is None or g2 is None else g1 * p + g2 * q
     if valid1 is None or valid2 is None:
-        return m, v, None
-    both = valid1 & valid2
-    m = torch.where(both, m, torch.where(valid1, m1, m2))
-    return m, torch.where(both, v, torch.where(valid1, v1, v2)), valid1 | valid2
+        return m, v, g, None
+
+    def chosen(both: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        return torch.where(valid1 & valid2, both, torch.where(valid1, first, second))
+
+    shared = None if g is None or g1 is None or g2 is None else chosen(g, g1, g2)
+    return chosen(m, m1, m2), chosen(v, v1, v2), shared, valid1 | valid2

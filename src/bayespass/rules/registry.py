@@ -73,6 +73,7 @@ class Rule:
 _RULES: dict[Operation, Rule] = {}
 _IN_PLACE: dict[Operation, Operation] = {}
 _MODULE_RULES: dict[type[nn.Module], Callable[..., Any]] = {}
+_RECOGNISED: list[tuple[Callable[[nn.Module], bool], Callable[..., Any]]] = []
 
 
 def rule(
@@ -134,6 +135,22 @@ def module_rule(*classes: type[nn.Module]) -> Callable[[RuleFunction], RuleFunct
     return register
 
 
+def recognised_rule(recognise: Callable[[nn.Module], bool]) -> Callable[[RuleFunction], RuleFunction]:
+    """Register the decorated function as the rule of every block that is recognised by what it does.
+
+    Args:
+        recognise: whether the rule answers for a module; it must not change it.
+
+    A rule of the module's class goes before. The function is called as a `module_rule` is.
+    """
+
+    def register(function: RuleFunction) -> RuleFunction:
+        _RECOGNISED.append((recognise, function))
+        return function
+
+    return register
+
+
 def rules() -> Mapping[Operation, Rule]:
     """Every operation that has a rule, read-only."""
     return MappingProxyType(_RULES)
@@ -145,11 +162,11 @@ def in_place_operations() -> Mapping[Operation, Operation]:
 
 
 def module_rule_for(module: nn.Module) -> Callable[..., Any] | None:
-    """The module rule of the nearest class in the module's ancestry, if any."""
+    """The module rule of the nearest class in the module's ancestry, or of a block recognised by what it does."""
     for ancestor in type(module).__mro__:
         if ancestor in _MODULE_RULES:
             return _MODULE_RULES[ancestor]
-    return None
+    return next((rule for recognise, rule in _RECOGNISED if recognise(module)), None)
 
 
 def call_rule(operation: Callable[..., Any], args: list[Any], kwargs: dict[str, Any], approximation: Any) -> Any:
