@@ -22,9 +22,7 @@ def test_attributes_that_hand_out_the_mean_raise(x, name):
         getattr(x, name)
 
 
-@pytest.mark.parametrize(
-    "call", [Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.argmax, Tensor.__bool__, torch.isnan]
-)
+@pytest.mark.parametrize("call", [Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.argmax, Tensor.__bool__, torch.sort])
 def test_reads_of_values_raise(x, call):
     with pytest.raises(UnsupportedOp, match="no Gaussian rule"):
         call(x)
@@ -44,8 +42,8 @@ def test_metadata_reads_pass(x):
 
 
 def test_an_operation_without_a_rule_names_itself(x):
-    with pytest.raises(UnsupportedOp, match=r"torch\.cumsum \(got Gaussian \(3, 4\) float32, 1\)"):
-        torch.cumsum(x, 1)
+    with pytest.raises(UnsupportedOp, match=r"torch\.cumprod \(got Gaussian \(3, 4\) float32, 1\)"):
+        torch.cumprod(x, 1)
 
 
 def test_operations_below_the_rules_raise(x):
@@ -102,7 +100,7 @@ def test_shared_variance_meets_only_rules_that_know_it():
     x = GaussianTensor(Moments(torch.zeros(3, 4), torch.ones(3, 4), shared=torch.full((3, 4), 0.5)), CVP)
     assert read(x.sum(0)).shared is not None
     with pytest.raises(UnsupportedOp, match="shared"):
-        F.gelu(x)
+        torch._weight_norm(x, torch.ones(3, 1), 0)
 
 
 def test_gradients_flow_to_mean_and_variance():

@@ -129,7 +129,8 @@ class GaussianTensor(Tensor):
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], context: Approximation, size: Any, stride: Any) -> Any:
-        return GaussianTensor(Moments(**{name.removeprefix("gaussian_"): t for name, t in inner.items()}), context)
+        fields: dict[str, Any] = {name.removeprefix("gaussian_"): t for name, t in inner.items()}
+        return GaussianTensor(Moments(**fields), context)
 
 
 def _share_memory(source: GaussianTensor, views: Any) -> None:

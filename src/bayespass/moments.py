@@ -77,8 +77,8 @@ def in_float32(compute: Callable[[Moments], Moments], x: Moments) -> Moments:
 
 
 def _cast(x: Moments, dtype: torch.dtype) -> Moments:
-    fields = (apply(lambda t: t.to(dtype), field) for field in (x.var, x.shared, x.scores))
-    return Moments(x.mean.to(dtype), *fields, source=x.source)
+    var, shared, scores = (apply(lambda t: t.to(dtype), field) for field in (x.var, x.shared, x.scores))
+    return Moments(x.mean.to(dtype), var, shared, scores, x.source)
 
 
 def total(*terms: Tensor | None) -> Tensor | None:
@@ -90,6 +90,11 @@ def total(*terms: Tensor | None) -> Tensor | None:
 def apply(operation: Callable[[Tensor], Tensor], value: Tensor | None) -> Tensor | None:
     """The operation on a variance that may be absent."""
     return None if value is None else operation(value)
+
+
+def carry(mean: Tensor, operation: Callable[[Tensor], Tensor], x: Moments) -> Moments:
+    """The new mean, with the operation on the variance and on its shared part."""
+    return Moments(mean, apply(operation, x.var), apply(operation, x.shared))
 
 
 def move(operation: Callable[..., Any], x: Moments, *args: Any, **kwargs: Any) -> Any:
@@ -150,7 +155,7 @@ def bilinear(operation: Callable[[Tensor, Tensor], Tensor], a: "Moments | Tensor
 def linearise(value: Tensor, derivative: Tensor, x: Moments) -> Moments:
     """f(x) ~ f(m) + f'(m) (x - m): mean f(m), variance f'(m)^2 v. First order."""
     square = derivative.square()
-    return Moments(value, apply(lambda v: v * square, x.var), apply(lambda v: v * square, x.shared))
+    return carry(value, lambda v: v * square, x)
 
 
 def average(weighted: Callable[[Tensor], Tensor], squared: Callable[[Tensor], Tensor], x: Moments) -> Moments:

@@ -241,13 +241,13 @@ class Cumulative(nn.Module):
         self.linear = nn.Linear(3, 3)
 
     def forward(self, x):
-        return torch.cumsum(self.linear(x), 1)
+        return torch.cumprod(self.linear(x), 1)
 
 
 def test_an_operation_without_a_rule_says_what_where_and_how():
     model = nn.Sequential(nn.Linear(3, 3), nn.ModuleDict({"block": Cumulative()})["block"]).eval()
     with pytest.raises(
-        UnsupportedOp, match=r"torch\.cumsum.*in 1 \(Cumulative\).*test_propagation\.py:\d+.*@bayespass\.rule"
+        UnsupportedOp, match=r"torch\.cumprod.*in 1 \(Cumulative\).*test_propagation\.py:\d+.*@bayespass\.rule"
     ):
         propagate(model, varied(model), torch.randn(2, 3))
 

@@ -2,11 +2,14 @@
 
 For a categorical likelihood the generalised Gauss-Newton matrix equals the Fisher matrix, so its
 diagonal is sum_n sum_c p(c | x_n) (d log p(c | x_n) / d theta)^2; for a Gaussian one it is
-sum_n sum_o (d f_o(x_n) / d theta)^2 / sigma^2. The empirical Fisher uses the observed target.
+sum_n sum_o (d f_o(x_n) / d theta)^2 / sigma^2. One target per row drawn from the network's own
+predictive makes the same matrix in expectation for one backward pass instead of one per class. The
+empirical Fisher uses the observed target instead and is another matrix (Kunstner, Balles and Hennig
+2019, arXiv 1905.12558).
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +19,10 @@ from torch.utils import _pytree as pytree
 from bayespass.batches import call_arguments, device_of, labelled_batches, model_output
 from bayespass.errors import InvalidInput
 from bayespass.likelihood import Likelihood, check_targets, negative_log_likelihood
+from bayespass.posterior.base import as_generator
 from bayespass.progress import track
 
-Curvature = Literal["ggn", "ef"]
+Curvature = Literal["ggn", "mc", "ef"]
 Parameters = dict[str, Tensor]
 
 
@@ -31,6 +35,7 @@ def diagonal_curvature(
     curvature: Curvature = "ggn",
     chunk_size: int = 32,
     progress: bool = False,
+    seed: int = 0,
 ) -> tuple[Parameters, float, int]:
     """Diagonal of the curvature of the negative log-likelihood, summed over the data.
 
@@ -40,9 +45,12 @@ def diagonal_curvature(
         names: parameters to differentiate.
         likelihood: "classification" or "regression".
         sigma_noise: sd of the observation noise, for regression.
-        curvature: "ggn" (exact, one backward pass per class or output) or "ef" (empirical Fisher).
+        curvature: "ggn" (exact, one backward pass per class or output), "mc" (type-I Fisher, MC: one
+            target per row drawn from the network's own predictive, one backward pass; unbiased for
+            "ggn", with noise that falls as 1 / sqrt(N) where rows are alike) or "ef" (empirical Fisher).
         chunk_size: rows whose gradients are held at once.
         progress: show a progress bar.
+        seed: of the drawn targets, for "mc"; equal seeds and equal batches give equal curvature.
 
     Returns:
         curvature by parameter name (float32, without prior), the summed negative log-likelihood
@@ -50,9 +58,11 @@ def diagonal_curvature(
 
     Raises:
         InvalidInput: an unknown curvature, an empty loader, or targets that do not fit.
+
+    Source: Kunstner, Balles and Hennig 2019 (arXiv 1905.12558).
     """
-    if curvature not in ("ggn", "ef"):
-        msg = f"curvature must be 'ggn' or 'ef'; got {curvature!r}"
+    if curvature not in get_args(Curvature):
+        msg = f"curvature must be one of {', '.join(map(repr, get_args(Curvature)))}; got {curvature!r}"
         raise InvalidInput(msg)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     random = {name: parameters[name].detach() for name in names}
@@ -65,6 +75,7 @@ def diagonal_curvature(
         args, kwargs = call_arguments(pytree.tree_map(lambda t: t.unsqueeze(0) if isinstance(t, Tensor) else t, row))
         return model_output(functional_call(model, (theta, rest), args, kwargs)).squeeze(0)
 
+    generator = as_generator(seed, device_of(model))
     squares = _square_gradients(outputs, likelihood, sigma_noise, curvature)
     with torch.no_grad():
         for inputs, targets in track(labelled_batches(loader, device_of(model)), "curvature", show=progress):
@@ -73,10 +84,23 @@ def diagonal_curvature(
             targets = check_targets(batch_outputs, targets, likelihood)
             loss += float(negative_log_likelihood(batch_outputs, targets, likelihood, sigma_noise))
             n_data += len(targets)
+            if curvature == "mc":
+                targets = _drawn_targets(batch_outputs, likelihood, sigma_noise, generator)
             for rows, row_targets in _chunks(inputs, targets, chunk_size):
                 for name, value in squares(random, rows, row_targets).items():
                     totals[name] += value.float()
     return totals, loss, n_data
+
+
+def _drawn_targets(
+    outputs: Tensor, likelihood: Likelihood, sigma_noise: float | None, generator: torch.Generator
+) -> Tensor:
+    """One target per row from p(y | output): a class label, or N(output, sigma^2)."""
+    if likelihood == "regression":
+        noise = torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype, device=outputs.device)
+        return outputs + float(sigma_noise or 1.0) * noise
+    probabilities = torch.softmax(outputs.float(), -1)
+    return torch.multinomial(probabilities.flatten(0, -2), 1, generator=generator).view(outputs.shape[:-1])
 
 
 def _square_gradients(
@@ -85,13 +109,17 @@ def _square_gradients(
     sigma_noise: float | None,
     curvature: Curvature,
 ) -> Callable[[Parameters, Any, Tensor], Parameters]:
-    """A function of (parameters, rows, targets) that returns the chunk's summed squared gradients."""
+    """A function of (parameters, rows, targets) that returns the chunk's summed squared gradients.
+
+    "mc" and "ef" differ only in the targets they are given: drawn, or observed.
+    """
 
     def observed(theta: Parameters, row: Any, target: Tensor) -> Parameters:
         def loss(value: Parameters) -> Tensor:
-            return negative_log_likelihood(
-                outputs(value, row).unsqueeze(0), target.unsqueeze(0), likelihood, sigma_noise
-            )
+            out = outputs(value, row)
+            if likelihood == "regression":  # up to a constant; F.gaussian_nll_loss does not run under vmap
+                return ((target - out) / (sigma_noise or 1.0)).square().sum() / 2
+            return negative_log_likelihood(out.unsqueeze(0), target.unsqueeze(0), likelihood, None)
 
         return {name: g.square() for name, g in grad(loss)(theta).items()}
 
@@ -111,7 +139,7 @@ def _square_gradients(
         )
         return {name: value.sum(0) for name, value in each.items()}
 
-    single = observed if curvature == "ef" else expected
+    single = expected if curvature == "ggn" else observed
 
     def summed(theta: Parameters, rows: Any, targets: Tensor) -> Parameters:
         each = vmap(single, in_dims=(None, 0, 0))(theta, rows, targets)

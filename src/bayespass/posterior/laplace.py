@@ -69,7 +69,8 @@ class Laplace:
         model: trained, in eval mode; not modified.
         likelihood: "classification" or "regression".
         hessian_structure: "diag".
-        curvature: "ggn" (generalised Gauss-Newton) or "ef" (empirical Fisher).
+        curvature: "ggn" (generalised Gauss-Newton, exact), "mc" (the same in expectation, from one
+            sampled label per row: one backward pass instead of one per class) or "ef" (empirical Fisher).
         prior_precision: a0 of the prior N(0, 1/a0).
         temperature: T, tempers likelihood and prior alike.
         sigma_noise: sd of the observation noise, for regression.
@@ -78,7 +79,7 @@ class Laplace:
     Raises:
         InvalidInput: a value outside its range, or a model in training mode.
 
-    Source: MacKay 1992; Daxberger et al. 2021 (arXiv 2106.14806).
+    Source: MacKay 1992; Daxberger et al. 2021 (arXiv 2106.14806); "mc": Kunstner et al. 2019 (arXiv 1905.12558).
     """
 
     def __init__(

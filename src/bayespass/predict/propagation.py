@@ -170,8 +170,8 @@ def scale_output(output: Any, factor: float, approximation: Approximation) -> An
         if not isinstance(leaf, GaussianTensor):
             return leaf
         x = read(leaf)
-        fields = (None if f is None else f * factor for f in (x.var, x.shared, x.scores))
-        return wrap(Moments(x.mean, *fields), approximation)
+        var, shared, scores = (None if f is None else f * factor for f in (x.var, x.shared, x.scores))
+        return wrap(Moments(x.mean, var, shared, scores), approximation)
 
     return pytree.tree_map(scaled, output)
 

@@ -85,9 +85,8 @@ def _convolution(operation: Callable[..., Tensor], spatial_dims: int) -> Callabl
 
         result = weighted(convolve, x, w, after_channels(x.mean), approximation, _over_offsets)
         if x.shared is not None and w.mean[0, 0].numel() > 1:
-            result = _smooth_noise(
-                result, x.shared.expand_as(x.mean), w.mean, convolve, operation, groups, (stride, padding, dilation)
-            )
+            geometry = (stride, padding, dilation)
+            result = _smooth_noise(result, x.shared.expand_as(x.mean), w.mean, operation, groups, geometry)
         return _with_bias(result, bias, approximation, spatial_dims)
 
     convolution.__name__ = operation.__name__
@@ -95,8 +94,8 @@ def _convolution(operation: Callable[..., Tensor], spatial_dims: int) -> Callabl
 
 
 def _smooth_noise(
-    result: Moments, shared: Tensor, w: Tensor, convolve: Callable[..., Tensor], operation: Callable[..., Tensor],
-    groups: int, geometry: tuple[Any, Any, Any],
+    result: Moments, shared: Tensor, w: Tensor, operation: Callable[..., Tensor], groups: int,
+    geometry: tuple[Any, Any, Any],
 ) -> Moments:  # fmt: skip
     """Corrects v for the part of the input's noise that is smooth over a kernel's extent.
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from bayespass.approximation import Approximation
 from bayespass.errors import UnsupportedOp
-from bayespass.moments import Moments, add, apply, as_moments, average, bilinear, scale
+from bayespass.moments import Moments, add, as_moments, average, bilinear, carry, linearise, scale, total
 from bayespass.rules.registry import Accuracy, in_place, refuse_out, rule
 from bayespass.rules.sharing import broadcast_noise, copied_axes, explained
 
@@ -70,11 +70,7 @@ def multiplication(input: Any, other: Any, *, out: None = None, approximation: A
     if input is other:
         return square(input)
     if approximation.shared == "carry" and input.mean.shape != other.mean.shape:
-        x, gain = (
-            (input, other)
-            if input.mean.dim() >= other.mean.dim() and input.mean.numel() >= other.mean.numel()
-            else (other, input)
-        )
+        x, gain = sorted((input, other), key=lambda factor: -factor.mean.numel())
         return random_gain(x, gain, approximation)
     product = bilinear(torch.mul, input, other)
     c = _covariance(input, other)
@@ -136,14 +132,10 @@ def division(input: Any, other: Any, *, rounding_mode: str | None = None, out: N
         return Moments(x.mean / y, scaled.var, scaled.shared)
     if input is other:
         return Moments(torch.ones_like(x.mean))
-    inverse = Moments(1 / y.mean, *(apply(lambda t: t / y.mean.square().square(), f) for f in (y.var, y.shared)))
+    inverse = carry(1 / y.mean, lambda t: t / y.mean.square().square(), y)
     first = bilinear(torch.mul, Moments(x.mean), inverse)
     second = bilinear(torch.mul, x, inverse.mean)
-
-    def summed(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-        return b if a is None else a if b is None else a + b
-
-    return Moments(x.mean / y.mean, summed(first.var, second.var), summed(first.shared, second.shared))
+    return Moments(x.mean / y.mean, total(first.var, second.var), total(first.shared, second.shared))
 
 
 @rule(Tensor.__rtruediv__, Tensor.__rdiv__, knows_shared=True, accuracy=Accuracy(0.2, 0.25))
@@ -182,14 +174,13 @@ def _elementary(
 ) -> Moments:
     """f(x) from its derivatives at the mean, exact for cubics; linearised if the approximation is."""
     if x.var is None or approximation.activation == "linear":
-        square_ = first.square()
-        return Moments(value, *(apply(lambda t: t * square_, field) for field in (x.var, x.shared)))
+        return linearise(value, first, x)
+    slope = first + 0.5 * x.var * third  # E f'
 
     def covariance(c: Tensor) -> Tensor:
-        slope = first + 0.5 * x.var * third  # E f'
         return c * slope.square() + c.square() * second.square() / 2 + c**3 * third**2 / 6
 
-    return Moments(value + x.var * second / 2, covariance(x.var), apply(covariance, x.shared))
+    return carry(value + x.var * second / 2, covariance, x)
 
 
 @rule(torch.square, Tensor.square, knows_shared=True)
@@ -199,8 +190,7 @@ def square(input: Moments, *, out: None = None) -> Moments:
     m2 = input.mean.square()
     if input.var is None:
         return Moments(m2)
-    spread = apply(lambda c: 4 * m2 * c + 2 * c.square(), input.var)
-    return Moments(m2 + input.var, spread, apply(lambda c: 4 * m2 * c + 2 * c.square(), input.shared))
+    return carry(m2 + input.var, lambda c: 4 * m2 * c + 2 * c.square(), input)
 
 
 @rule(torch.addcmul, Tensor.addcmul, knows_shared=True)
@@ -242,7 +232,8 @@ in_place(
         Tensor.add_: torch.add, Tensor.__iadd__: torch.add, Tensor.sub_: torch.sub, Tensor.__isub__: torch.sub,
         Tensor.mul_: torch.mul, Tensor.__imul__: torch.mul, Tensor.div_: torch.div, Tensor.__itruediv__: torch.div,
         Tensor.neg_: torch.neg, Tensor.square_: torch.square, Tensor.pow_: torch.pow, Tensor.__ipow__: torch.pow,
-        Tensor.addcmul_: torch.addcmul, Tensor.lerp_: torch.lerp, Tensor.multiply_: torch.mul, Tensor.subtract_: torch.sub,
+        Tensor.addcmul_: torch.addcmul, Tensor.lerp_: torch.lerp, 
+        Tensor.multiply_: torch.mul, Tensor.subtract_: torch.sub,
     }
 )  # fmt: skip
 

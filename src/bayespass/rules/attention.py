@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bayespass.errors import UnsupportedOp
-from bayespass.moments import Moments, apply, as_moments, average, move
+from bayespass.moments import Moments, apply, as_moments, average, carry, move
 from bayespass.rules.registry import Accuracy, refuse_out, rule
 
 LARGEST_SHIFT = 2.0  # of a second-order mean, in nats: beyond it the expansion means nothing
@@ -70,9 +70,7 @@ def log_softmax(input: Moments, dim: int, dtype: torch.dtype | None = None, *, _
         return (1 - 2 * p) * v + (p.square() * v).sum(dim, keepdim=True)
 
     shift = (p * (1 - p) * x.var).sum(dim, keepdim=True) / 2
-    var = spread(x.var).clamp(min=0)
-    shared = apply(lambda s: spread(s.expand_as(p)).clamp(min=0), x.shared)
-    return Moments(value - shift.clamp(max=LARGEST_SHIFT), var, shared)
+    return carry(value - shift.clamp(max=LARGEST_SHIFT), lambda s: spread(s.expand_as(p)).clamp(min=0), x)
 
 
 @rule(torch.logsumexp, Tensor.logsumexp, torch.special.logsumexp, accuracy=Accuracy(0.4, 0.4), knows_shared=True)
@@ -89,7 +87,7 @@ def logsumexp(input: Moments, dim: Any, keepdim: bool = False, *, out: None = No
     if input.var is None:
         return Moments(mean)
     shift = (summed(p * (1 - p) * input.var) / 2).clamp(max=LARGEST_SHIFT)
-    return Moments(mean + shift, summed(p.square() * input.var), apply(lambda s: summed(p.square() * s), input.shared))
+    return carry(mean + shift, lambda s: summed(p.square() * s), input)
 
 
 def weighted_values(weights: Tensor, values: Moments) -> Moments:

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from bayespass.approximation import Approximation
 from bayespass.errors import UnsupportedOp
-from bayespass.moments import Moments, add, apply, as_moments, in_float32, move, scale
+from bayespass.moments import Moments, add, as_moments, carry, in_float32, move, scale
 from bayespass.rules.arithmetic import random_gain
 from bayespass.rules.registry import Accuracy, refuse_out, rule
 from bayespass.rules.sharing import broadcast_noise
@@ -75,8 +75,8 @@ def batch_norm(
         )
         raise UnsupportedOp(msg)
     x = as_moments(input)
-    inverse = _channelwise(torch.rsqrt(running_var + eps), x.mean)
-    centred = Moments(x.mean - _channelwise(running_mean, x.mean), x.var, x.shared)
+    inverse = _channelwise(torch.rsqrt(running_var + eps), x.mean).mean
+    centred = Moments(x.mean - _channelwise(running_mean, x.mean).mean, x.var, x.shared)
     return _gain_and_shift(
         scale(centred, inverse), _channelwise(weight, x.mean), _channelwise(bias, x.mean), approximation
     )
@@ -105,9 +105,7 @@ def batch_norm_weight_first(
 def _channelwise(value: Any, like: Tensor) -> Any:
     """A vector over channels, ready to be broadcast over the axes behind them."""
     shape = (-1, *[1] * (like.dim() - 2))
-    return (
-        move(Tensor.reshape, value, shape) if isinstance(value, Moments) else apply(lambda t: t.reshape(shape), value)
-    )
+    return value if value is None else move(Tensor.reshape, as_moments(value), shape)
 
 
 @rule(F.layer_norm, accuracy=ACCURACY, depends_on="norm", knows_shared=True)
@@ -174,7 +172,8 @@ def rms_norm(
 
 @rule(F.group_norm, accuracy=ACCURACY, depends_on="norm", knows_shared=True)
 def group_norm(
-    input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *, approximation: Approximation
+    input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *,
+    approximation: Approximation,
 ) -> Moments:  # fmt: skip
     """Layer norm of each group of channels with all their positions, with the same bounds.
 
@@ -186,7 +185,8 @@ def group_norm(
         normed = Moments(F.group_norm(x.mean, num_groups, eps=eps))
     else:
         shape = x.mean.shape
-        grouped = move(Tensor.reshape, x, (shape[0], num_groups, shape[1] // num_groups, -1))
+        size = (shape[0], num_groups, shape[1] // num_groups, math.prod(shape[2:]))
+        grouped = move(Tensor.reshape, x, size)
         standard = _standardise(grouped, (-2, -1), eps, approximation, centred=True)
         if grouped.shared is not None:
             standard = replace(standard, shared=_group_share(grouped, standard))
@@ -295,6 +295,6 @@ def _standardise(x: Moments, axes: tuple[int, ...], eps: float, approximation: A
                 correction = correction + v.sum(axes, keepdim=True) + 2 * n * (v * n).sum(axes, keepdim=True)
             return (v - 2 * slope / d + correction / d**2).clamp(min=0) * inverse.square()
 
-        return Moments(n, apply(spread, v), apply(lambda s: spread(s.expand_as(m)), x.shared))
+        return carry(n, lambda s: spread(s.expand_as(m)), x)
 
     return in_float32(compute, x)

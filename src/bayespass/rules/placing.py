@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bayespass.errors import UnsupportedOp
-from bayespass.moments import Moments, as_moments, average, move
+from bayespass.moments import Moments, as_moments, average, carry, move, scale
 from bayespass.rules.registry import in_place, operation_name, refuse_out, rule
 
 Fields = tuple[str, ...]
@@ -97,14 +97,22 @@ def masked_fill(input: Any, mask: Tensor, value: Any) -> Moments:
     return Moments(x.mean.masked_fill(mask, value), kept.var, kept.shared, scores=x.scores)
 
 
-@rule(F.pad, torch.constant_pad_nd, knows_shared=True)
+@rule(F.pad, knows_shared=True)
 def pad(input: Moments, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Moments:
     """x with borders: constants without variance, or copies of its own entries. Exact."""
     if mode != "constant":
         return move(lambda t: F.pad(t, tuple(pad), mode), input)
-    x = Moments(input.mean, input.var, input.shared)
-    padded = fieldwise(lambda t: F.pad(t, tuple(pad)), x)
-    return Moments(F.pad(input.mean, tuple(pad), value=value), padded.var, padded.shared)
+    return _padded(input, pad, value)
+
+
+@rule(torch.constant_pad_nd, knows_shared=True)
+def constant_pad_nd(input: Moments, pad: Sequence[int], value: float = 0) -> Moments:
+    """x with constant borders, which have no variance. Exact."""
+    return _padded(input, pad, value)
+
+
+def _padded(x: Moments, pad: Sequence[int], value: float | None) -> Moments:
+    return carry(F.pad(x.mean, tuple(pad), value=value), lambda t: F.pad(t.expand_as(x.mean), tuple(pad)), x)
 
 
 def _with_source(operation: Callable[..., Tensor]) -> Callable[..., Moments]:
@@ -114,11 +122,13 @@ def _with_source(operation: Callable[..., Tensor]) -> Callable[..., Moments]:
         Raises:
             UnsupportedOp: a random index, or a scale or reduction that the rule does not honour.
         """
-        if isinstance(index, Moments) or any(value not in (1, None) for value in kwargs.values()):
-            msg = f"the Gaussian rule of {operation_name(operation)} takes known indices and no alpha or reduction"
+        alpha = kwargs.pop("alpha", 1)
+        if isinstance(index, Moments) or kwargs:
+            msg = f"the Gaussian rule of {operation_name(operation)} takes known indices and no reduction"
             raise UnsupportedOp(msg)
         if not isinstance(source, Moments | Tensor):
             source = torch.full_like(as_moments(input).mean, source).gather(dim, index)
+        source = source if alpha == 1 else scale(as_moments(source), alpha)
         return fieldwise(lambda x, s: operation(x, dim, index, s), input, source)
 
     placed.__name__ = operation.__name__
@@ -187,7 +197,8 @@ def _predicate(operation: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return predicate
 
 
-for _operations in ((torch.isnan, Tensor.isnan), (torch.isinf, Tensor.isinf), (torch.isfinite, Tensor.isfinite)):
+PREDICATES = ((torch.isnan, Tensor.isnan), (torch.isinf, Tensor.isinf), (torch.isfinite, Tensor.isfinite))
+for _operations in PREDICATES:
     rule(*_operations, knows_shared=True)(_predicate(_operations[0]))
 
 
@@ -200,16 +211,17 @@ def _created(operation: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return created
 
 
-for _operations in (
-    (torch.zeros_like,), (torch.ones_like,), (torch.full_like,), (torch.empty_like,), (torch.rand_like,),
-    (torch.randn_like,), (Tensor.new_zeros,), (Tensor.new_ones,), (Tensor.new_full,), (Tensor.new_empty,),
-    (Tensor.new_tensor,),
-):  # fmt: skip
-    rule(*_operations, knows_shared=True)(_created(_operations[0]))
+CREATIONS = (
+    torch.zeros_like, torch.ones_like, torch.full_like, torch.empty_like, torch.rand_like, torch.randn_like,
+    Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_empty, Tensor.new_tensor,
+)  # fmt: skip
+for _operation in CREATIONS:
+    rule(_operation, knows_shared=True)(_created(_operation))
 
 in_place(
     {
         Tensor.masked_fill_: torch.masked_fill, Tensor.__setitem__: assign, Tensor.scatter_: torch.scatter,
-        Tensor.scatter_add_: torch.scatter_add, Tensor.index_add_: torch.index_add, Tensor.index_copy_: torch.index_copy,
+        Tensor.scatter_add_: torch.scatter_add, Tensor.index_add_: torch.index_add,
+        Tensor.index_copy_: torch.index_copy,
     }
 )  # fmt: skip

@@ -20,6 +20,7 @@ from bayespass.approximation import Approximation
 from bayespass.errors import UnsupportedOp
 from bayespass.moments import Moments, apply, average, in_float32, move
 from bayespass.rules.activation import normal_cdf, normal_pdf, standardised
+from bayespass.rules.pointwise import maximum
 from bayespass.rules.registry import Accuracy, refuse_out, rule
 
 Size = Any  # an int, or one for each axis, as PyTorch takes it
@@ -74,7 +75,7 @@ def adaptive_avg_pool3d(input: Moments, output_size: Any) -> Moments:
     """Averages over windows that tile a volume. Exact under independence."""
     wanted = (output_size,) * 3 if isinstance(output_size, int) or output_size is None else output_size
     sizes = tuple(w or n for w, n in zip(wanted, input.mean.shape[-3:], strict=True))
-    return _adaptive(lambda t: F.adaptive_avg_pool3d(t, sizes), input, sizes)
+    return _adaptive(lambda t: F.adaptive_avg_pool3d(t, list(sizes)), input, sizes)  # type: ignore[arg-type]
 
 
 def _adaptive(pool: Callable[[Tensor], Tensor], x: Moments, sizes: tuple[int, ...]) -> Moments:
@@ -187,7 +188,7 @@ def max_pool2d(
     if ceil_mode:
         floor = F.max_pool2d(input.mean, kernel_size, stride, padding, dilation).shape[-2:]
         if F.max_pool2d(input.mean, kernel_size, stride, padding, dilation, True).shape[-2:] != floor:
-            msg = "no Gaussian rule for max_pool with ceil_mode=True and windows that leave the image under matched moments"
+            msg = "no Gaussian rule for max_pool with ceil_mode=True where windows leave the image"
             raise UnsupportedOp(msg)
     return in_float32(lambda x: _windowed_maximum(x, kernel, strides, padding, dilation), input)
 
@@ -218,6 +219,8 @@ def amax(
 ) -> Moments:  # fmt: skip
     """Maxima along axes by Clark's pairwise moments; bounds as for `max_pool2d`: 0.06, 0.15; 1.0, 1.1 linear."""
     refuse_out(out)
+    if input.mean.dim() == 0:
+        return input
     axes = (dim,) if isinstance(dim, int) else tuple(dim) or tuple(range(input.mean.dim()))
     axes = tuple(axis % input.mean.dim() for axis in axes)
     kept = [axis for axis in range(input.mean.dim()) if axis not in axes]
@@ -241,8 +244,10 @@ def maximum_along(
     refuse_out(out)
     if dim is None:
         return amax(input, approximation=approximation)
+    if not isinstance(dim, int):
+        return maximum(input, dim, approximation=approximation)
     values = amax(input, dim, keepdim, approximation=approximation)
-    return torch.return_types.max((values, input.mean.argmax(dim, keepdim=keepdim)))
+    return torch.return_types.max((values, input.mean.argmax(dim, keepdim=keepdim)))  # type: ignore[arg-type]
 
 
 Entry = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # mean, variance, shared sd, whether it takes part

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bayespass.approximation import Approximation
 from bayespass.errors import UnsupportedOp
-from bayespass.moments import Moments, add, as_moments, bilinear, move, total
+from bayespass.moments import Moments, add, as_moments, bilinear, carry, move, total
 from bayespass.rules.activation import relu, sigmoid, tanh
 from bayespass.rules.affine import linear
 from bayespass.rules.placing import cat, stack
@@ -131,7 +131,8 @@ def _layers(operation: Callable[..., Any], cell: Callable[..., Any], n_states: i
                 finals.append(final)
             steps = [cat(parts, -1) if both else parts[0] for parts in zip(*outputs, strict=True)]
         joined = cat(steps, 0) if packed else stack(steps, 1 if batch_first else 0)
-        return joined, *(stack([final[i] for final in finals], 0) for i in range(n_states))
+        last = [stack([final[i] for final in finals], 0) for i in range(n_states)]
+        return (joined, *last)
 
     recurrent.__name__ = operation.__name__
     return recurrent
@@ -181,5 +182,4 @@ def pad_packed_sequence(
         return torch._pad_packed_sequence(t, batch_sizes, batch_first, value, total_length)
 
     mean, lengths = padded(input.mean, padding_value)
-    fields = (None if f is None else padded(f.expand_as(input.mean), 0.0)[0] for f in (input.var, input.shared))
-    return Moments(mean, *fields), lengths
+    return carry(mean, lambda t: padded(t.expand_as(input.mean), 0.0)[0], input), lengths

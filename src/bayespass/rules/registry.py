@@ -5,7 +5,7 @@ A rule is an ordinary function under the operation's own public signature. It re
 `Moments` (or a tuple of them). A rule that asks for the keyword `approximation` is handed the
 `Approximation` of the running propagation.
 
-    @rule(torch.cumsum, torch.Tensor.cumsum)
+    @rule(torch.cumsum, torch.Tensor.cumsum, knows_shared=True)
     def cumsum(input, dim):
         "y_i = x_1 + ... + x_i: exact for independent entries."
         return average(lambda t: t.cumsum(dim), lambda t: t.cumsum(dim), input)

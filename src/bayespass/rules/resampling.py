@@ -19,7 +19,7 @@ from bayespass.rules.registry import rule
 COPYING = ("nearest", "nearest-exact")
 
 
-@rule(F.interpolate, F.upsample, knows_shared=True)
+@rule(F.interpolate, knows_shared=True)
 def interpolate(
     input: Moments,
     size: Any = None,

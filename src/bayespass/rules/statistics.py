@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bayespass.errors import UnsupportedOp
-from bayespass.moments import Moments, apply, as_moments
+from bayespass.moments import Moments, as_moments, carry
 from bayespass.rules.registry import Accuracy, refuse_out, rule
 
 ACCURACY = Accuracy(0.25, 0.3)
@@ -19,8 +19,8 @@ ACCURACY = Accuracy(0.25, 0.3)
 
 @rule(torch.var, Tensor.var, knows_shared=True, accuracy=ACCURACY)
 def variance(
-    input: Moments, dim: Any = None, unbiased: bool | None = None, keepdim: bool = False, *, correction: int | None = None,
-    out: None = None,
+    input: Moments, dim: Any = None, unbiased: bool | None = None, keepdim: bool = False, *,
+    correction: int | None = None, out: None = None,
 ) -> Moments:  # fmt: skip
     """Sample variance: s^2(m) plus the mean of v; its variance (4 sum c^2 v + 2 sum v^2) / d^2.
 
@@ -45,13 +45,13 @@ def variance(
         return (4 * summed(c2 * v) + 2 * summed(v.square().expand_as(m))) / max(1, d - less) ** 2
 
     shift = summed(input.var) * (d - 1) / d / max(1, d - less)
-    return Moments(value + shift, spread(input.var), apply(spread, input.shared))
+    return carry(value + shift, spread, input)
 
 
 @rule(torch.std, Tensor.std, knows_shared=True, accuracy=ACCURACY)
 def standard_deviation(
-    input: Moments, dim: Any = None, unbiased: bool | None = None, keepdim: bool = False, *, correction: int | None = None,
-    out: None = None,
+    input: Moments, dim: Any = None, unbiased: bool | None = None, keepdim: bool = False, *,
+    correction: int | None = None, out: None = None,
 ) -> Moments:  # fmt: skip
     """The square root of `variance`, first order; bounds 0.25 and 0.3 for 8 entries and more."""
     return _root(variance(input, dim, unbiased, keepdim, correction=correction, out=out))
@@ -59,7 +59,8 @@ def standard_deviation(
 
 @rule(torch.var_mean, knows_shared=True, accuracy=ACCURACY)
 def variance_and_mean(
-    input: Moments, dim: Any = None, unbiased: bool | None = None, keepdim: bool = False, *, correction: int | None = None
+    input: Moments, dim: Any = None, unbiased: bool | None = None, keepdim: bool = False, *,
+    correction: int | None = None,
 ) -> tuple[Moments, Moments]:  # fmt: skip
     """Both statistics, as `variance` and the average; bounds 0.25 and 0.3."""
     from bayespass.rules.pooling import mean
@@ -91,7 +92,7 @@ def vector_norm(
         return summed(4 * m2 * v + 2 * v.square())
 
     square = m2 if x.var is None else m2 + x.var
-    return _root(Moments(summed(square), apply(spread, x.var), apply(spread, x.shared)))
+    return _root(carry(summed(square), spread, x))
 
 
 @rule(torch.norm, Tensor.norm, knows_shared=True, accuracy=ACCURACY)
@@ -109,4 +110,4 @@ def _root(square: Moments) -> Moments:
         return Moments(value)
     safe = square.mean.clamp(min=math.sqrt(torch.finfo(value.dtype).tiny))
     shift = torch.minimum(square.var / (8 * safe * safe.sqrt()), 0.5 * value)
-    return Moments(value - shift, square.var / (4 * safe), apply(lambda s: s / (4 * safe), square.shared))
+    return carry(value - shift, lambda s: s / (4 * safe), square)

@@ -1,0 +1,243 @@
+"""What check_rule cannot draw, attention in all its spellings, gated products, and blocks recognised by what they do."""
+
+import math
+
+import pytest
+import torch
+from cases import gaussian, plain
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bayespass.approximation import CVP, SHARED, STREAMLINED
+from bayespass.moments import Moments
+from bayespass.rules.placing import CREATIONS, PREDICATES
+from bayespass.rules.registry import module_rule_for
+from bayespass.testing.rule_checks import through_dispatch
+
+N = 200_000
+
+
+def sampled(x, n=N, seed=1):
+    noise = torch.randn((n, *x.mean.shape), generator=torch.Generator().manual_seed(seed), dtype=x.mean.dtype)
+    return x.mean + noise * x.var.sqrt()
+
+
+@pytest.mark.parametrize("operation", CREATIONS, ids=lambda f: f.__name__)
+def test_creations_take_only_shape_and_kind(operation):
+    x = gaussian(2, 3)
+    arguments = {torch.full_like: (1.5,), Tensor.new_tensor: ([1.0, 2.0],), Tensor.new_full: ((2,), 3.0)}
+    made = through_dispatch(
+        operation, (x, *arguments.get(operation, ((2,),) if "new" in operation.__name__ else ())), {}, CVP
+    )
+    assert isinstance(made, Tensor)
+    assert made.dtype == x.mean.dtype
+
+
+@pytest.mark.parametrize("operations", PREDICATES, ids=lambda f: f[0].__name__)
+def test_predicates_read_the_mean(operations):
+    x = Moments(torch.tensor([1.0, math.nan, math.inf]), torch.ones(3))
+    for operation in operations:
+        assert through_dispatch(operation, (x,), {}, CVP).equal(operation(x.mean))
+
+
+def test_the_largest_along_an_axis_comes_with_its_place():
+    x = gaussian(3, 5)
+    values, places = through_dispatch(torch.max, (x, 1), {}, CVP)
+    torch.testing.assert_close(values.mean, through_dispatch(torch.amax, (x, 1), {}, CVP).mean)
+    assert places.equal(x.mean.argmax(1))
+
+
+def test_rrelu_in_eval_mode_is_leaky_relu():
+    x = gaussian(8)
+    result = through_dispatch(F.rrelu, (x, 0.1, 0.3), {"training": False}, CVP)
+    expected = through_dispatch(F.leaky_relu, (x, 0.2), {}, CVP)
+    torch.testing.assert_close(result.mean, expected.mean)
+    torch.testing.assert_close(result.var, expected.var)
+
+
+def test_packed_sequences_give_what_separate_sequences_give():
+    torch.manual_seed(0)
+    lstm = nn.LSTM(3, 4, bidirectional=True, batch_first=True).double().eval()
+    x, lengths = plain(2, 5, 3), [5, 3]
+    from bayespass import DiagonalGaussian, SinglePass
+
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = lstm
+
+        def forward(self, x, lengths):
+            packed = nn.utils.rnn.pack_padded_sequence(x * self.lstm.weight_ih_l0.mean(), lengths, batch_first=True)
+            return nn.utils.rnn.pad_packed_sequence(self.lstm(packed)[0], batch_first=True)[0]
+
+    model = Packed().eval()
+    mean = {name: p.detach() for name, p in model.named_parameters()}
+    posterior = DiagonalGaussian(mean, {name: torch.full_like(p, 1e-3) for name, p in mean.items()})
+    single_pass = SinglePass(model, posterior, "shared")
+    together = single_pass.moments(x, torch.tensor(lengths))
+    alone = single_pass.moments(x[1:, :3], torch.tensor([3]))
+    torch.testing.assert_close(together[0][1:, :3], alone[0])
+    torch.testing.assert_close(together[1][1:, :3], alone[1])
+    assert float(together[1][1, 3:].abs().max()) == 0
+
+
+@pytest.mark.parametrize("approximation", [CVP, STREAMLINED, SHARED], ids=lambda a: a.name)
+@pytest.mark.parametrize("spelling", ["matmul", "einsum", "bmm", "baddbmm"])
+def test_attention_written_out_has_the_moments_of_the_fused_call(approximation, spelling):
+    q, k, v = (gaussian(2, 4, 3, seed=i) for i in range(3))
+    v = Moments(v.mean, v.var, 0.5 * v.var if approximation.shared == "carry" else None)
+    mask = torch.zeros(4, 4, dtype=torch.float64).masked_fill(torch.ones(4, 4).triu(1).bool(), -torch.inf)
+
+    def eager(q, k, v):
+        if spelling == "einsum":
+            scores = torch.einsum("btd,bsd->bts", q, k) / math.sqrt(3) + mask
+        elif spelling == "baddbmm":
+            scores = torch.baddbmm(mask.expand(2, 4, 4), q, k.transpose(1, 2), beta=1.0, alpha=1 / math.sqrt(3))
+        else:
+            scores = (torch.bmm(q, k.transpose(1, 2)) if spelling == "bmm" else q @ k.mT) * (1 / math.sqrt(3))
+            scores = torch.where(mask == 0, scores, -torch.inf)
+        weights = F.dropout(torch.softmax(scores, -1), 0.1, False).to(q.dtype)
+        return torch.einsum("bts,bsd->btd", weights, v) if spelling == "einsum" else torch.matmul(weights, v)
+
+    from bayespass.gaussian import GaussianTensor, read
+
+    written = read(eager(*(GaussianTensor(x, approximation) for x in (q, k, v))))
+    fused = through_dispatch(F.scaled_dot_product_attention, (q, k, v, mask), {}, approximation)
+    torch.testing.assert_close(written.mean, fused.mean)
+    torch.testing.assert_close(written.var, fused.var)
+    if approximation.shared == "carry":
+        torch.testing.assert_close(written.shared, fused.shared)
+
+
+def test_multihead_attention_equals_its_parts_and_its_fast_path():
+    """Masks, padding, added keys: at zero variance the rule is nn.MultiheadAttention itself."""
+    torch.manual_seed(0)
+    for options in (
+        {},
+        {"add_bias_kv": True},
+        {"add_zero_attn": True},
+        {"kdim": 3, "vdim": 5},
+        {"bias": False},
+        {"batch_first": True},
+    ):
+        attention = nn.MultiheadAttention(4, 2, **options).double().eval()
+        x = plain(3, 2, 4) if not options.get("batch_first") else plain(2, 3, 4)
+        key = plain(6, 2, options.get("kdim", 4), seed=1) if not options.get("batch_first") else plain(2, 6, 4, seed=1)
+        value = plain(*key.shape[:2], options.get("vdim", 4), seed=2)
+        padding = torch.tensor([[False] * 6, [False] * 4 + [True] * 2])
+        for arguments in ({}, {"key_padding_mask": padding}, {"attn_mask": plain(3, 6)}, {"average_attn_weights": False}, {"need_weights": False},
+                          {"attn_mask": plain(4, 3, 6) > 1, "key_padding_mask": padding}):  # fmt: skip
+            expected, expected_weights = attention(x, key, value, **arguments)
+            from bayespass.gaussian import GaussianTensor, read
+
+            out, weights = attention(x, key, GaussianTensor(Moments(value, torch.zeros_like(value)), CVP), **arguments)
+            torch.testing.assert_close(read(out).mean, expected.detach())
+            assert float(read(out).var.abs().max()) == 0
+            if expected_weights is not None:
+                torch.testing.assert_close(weights, expected_weights.detach())
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["two projections", "one projection, chunked"])
+@pytest.mark.parametrize("approximation", [CVP, SHARED], ids=lambda a: a.name)
+def test_gated_products_count_the_covariance_of_their_common_input(fused, approximation):
+    """z = (W_g x) (W_u x) for random x and known W: exact mean, variance up to non-Gaussian terms."""
+    x = gaussian(6, seed=3)
+    gate, up = plain(4, 6, seed=1), plain(4, 6, seed=2)
+
+    class Gated(nn.Module):
+        def forward(self, x):
+            if fused:
+                g, u = F.linear(x, torch.cat([gate, up])).chunk(2, -1)
+            else:
+                g, u = F.linear(x, gate), F.linear(x, up)
+            return g * u
+
+    from bayespass.gaussian import GaussianTensor, read
+
+    result = read(Gated()(GaussianTensor(x, approximation)))
+    draws = sampled(x)
+    truth = (draws @ gate.T) * (draws @ up.T)
+    error = (truth.var(0) / N).sqrt()
+    assert float(((result.mean - truth.mean(0)) / error).abs().max()) < 5
+    independent = read(GaussianTensor(x, approximation) @ gate.T).var
+    assert independent is not None
+    torch.testing.assert_close(result.var, truth.var(0), rtol=0.03, atol=0)
+
+
+def test_swiglu_counts_the_covariance_through_its_activation():
+    x = Moments(plain(6), torch.full((6,), 0.05, dtype=torch.float64))
+    gate, up = plain(4, 6, seed=1), plain(4, 6, seed=2)
+    from bayespass.gaussian import GaussianTensor, read
+
+    lifted = GaussianTensor(x, CVP)
+    result = read(F.silu(F.linear(lifted, gate)) * F.linear(lifted, up))
+    draws = sampled(x)
+    truth = F.silu(draws @ gate.T) * (draws @ up.T)
+    torch.testing.assert_close(result.var, truth.var(0), rtol=0.12, atol=1e-3)
+    assert float(((result.mean - truth.mean(0)).abs() / truth.std(0)).max()) < 0.03
+
+
+class QuickGELU(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+class SecondRMS(nn.Module):
+    """RMS norm with the weight written as 1 + w, as some libraries do."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size))
+        self.eps = 1e-3
+
+    def forward(self, x):
+        x32 = x.float()
+        return ((1.0 + self.weight.float()) * x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).type_as(
+            x
+        )
+
+
+class CentredNorm(SecondRMS):
+    def forward(self, x):
+        return super().forward(x - x.mean(-1, keepdim=True))
+
+
+class Rolled(nn.Module):
+    def forward(self, x):
+        return torch.roll(x * torch.sigmoid(x), 1, -1)
+
+
+def test_blocks_are_recognised_by_what_they_compute():
+    assert module_rule_for(QuickGELU()) is not None
+    assert module_rule_for(SecondRMS(8)) is not None
+    for other in (
+        CentredNorm(8),
+        Rolled(),
+        nn.GELU(),
+        nn.Identity(),
+        nn.Linear(8, 8),
+        nn.LayerNorm(8),
+        nn.Sequential(),
+    ):
+        assert module_rule_for(other) is None, other
+
+
+def test_a_recognised_activation_has_the_moments_of_its_input():
+    from bayespass.rules.blocks import written_out_activation
+
+    x = Moments(torch.linspace(-3, 3, 9, dtype=torch.float64), torch.full((9,), 0.7, dtype=torch.float64))
+    result = written_out_activation(QuickGELU(), x, approximation=CVP)
+    truth = QuickGELU()(sampled(x, 400_000))
+    torch.testing.assert_close(result.mean, truth.mean(0), rtol=0, atol=5e-3)
+    torch.testing.assert_close(result.var, truth.var(0), rtol=0.02, atol=1e-4)
+
+
+def test_a_recognised_norm_has_the_moments_of_the_function():
+    from bayespass.rules.blocks import written_out_rms_norm
+
+    x = gaussian(3, 32).mean.float(), gaussian(3, 32).var.float()
+    module = SecondRMS(32).eval()
+    mine = written_out_rms_norm(module, Moments(*x), approximation=SHARED)
+    expected = through_dispatch(F.rms_norm, (Moments(*x), (32,), torch.ones(32), 1e-3), {}, SHARED)
+    torch.testing.assert_close(mine.mean, expected.mean)
+    torch.testing.assert_close(mine.var, expected.var)
