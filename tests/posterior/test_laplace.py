@@ -151,6 +151,36 @@ def test_empirical_fisher_of_a_regression_equals_a_loop():
         torch.testing.assert_close(found[name].double(), expected[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("curvature", ["ggn", "mc", "ef"])
+def test_a_model_that_branches_on_its_data_is_differentiated_row_by_row(curvature):
+    class Branching(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x) if bool((x < 100).all()) else super().forward(x) * 0
+
+    plain, inputs, labels = small_classifier()
+    branching = Branching(*plain).eval()
+    names = tuple(dict(plain.named_parameters()))
+    found, expected = (
+        diagonal_curvature(model, [(inputs, labels)], names, "classification", curvature=curvature, chunk_size=7)[0]
+        for model in (branching, plain)
+    )
+    for name in names:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-7)
+
+
+def test_an_error_of_the_model_is_not_taken_for_one_of_vmap():
+    class Broken(nn.Linear):
+        def forward(self, x):
+            if torch._C._functorch.maybe_current_level() is not None:  # inside a transform
+                raise RuntimeError("no sensor")
+            return super().forward(x)
+
+    with pytest.raises(RuntimeError, match="no sensor"):
+        diagonal_curvature(
+            Broken(3, 3).eval(), [(torch.randn(4, 3), torch.tensor([0, 1, 2, 0]))], ("weight",), "classification"
+        )
+
+
 def test_marginal_likelihood_equals_the_evidence_of_a_diagonal_problem():
     """With orthogonal inputs the diagonal is the whole posterior and the evidence is exact."""
     q, _ = torch.linalg.qr(torch.randn(40, 4, dtype=torch.float64))

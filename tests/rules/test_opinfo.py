@@ -19,7 +19,14 @@ SKIPPED = {
     "nn.functional.dropout2d", "nn.functional.dropout3d", "empty_like", "new_empty", "rand_like", "randn_like",
     "nn.functional.rrelu",
 }  # fmt: skip
-REFUSED = {"dropout", "alpha_dropout", "feature_alpha_dropout", "__rdiv__", "norm", "pow"}  # no sample at an honoured setting
+REFUSED = {
+    "dropout",
+    "alpha_dropout",
+    "feature_alpha_dropout",
+    "__rdiv__",
+    "norm",
+    "pow",
+}  # no sample at an honoured setting
 COVERED = [info for info in op_db if info.op in rules() and info.name not in SKIPPED]
 
 

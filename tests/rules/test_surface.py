@@ -109,6 +109,7 @@ def test_attention_written_out_has_the_moments_of_the_fused_call(approximation, 
         torch.testing.assert_close(written.shared, fused.shared)
 
 
+@torch.no_grad()
 def test_multihead_attention_equals_its_parts_and_its_fast_path():
     """Masks, padding, added keys: at zero variance the rule is nn.MultiheadAttention itself."""
     torch.manual_seed(0)

@@ -111,7 +111,8 @@ def _square_gradients(
 ) -> Callable[[Parameters, Any, Tensor], Parameters]:
     """A function of (parameters, rows, targets) that returns the chunk's summed squared gradients.
 
-    "mc" and "ef" differ only in the targets they are given: drawn, or observed.
+    "mc" and "ef" differ only in the targets they are given: drawn, or observed. A model that cannot
+    run on all rows of a chunk at once under `vmap` is differentiated row by row, with equal results.
     """
 
     def observed(theta: Parameters, row: Any, target: Tensor) -> Parameters:
@@ -141,9 +142,24 @@ def _square_gradients(
 
     single = expected if curvature == "ggn" else observed
 
+    together = True
+
     def summed(theta: Parameters, rows: Any, targets: Tensor) -> Parameters:
-        each = vmap(single, in_dims=(None, 0, 0))(theta, rows, targets)
-        return {name: value.sum(0) for name, value in each.items()}
+        nonlocal together
+        if together:
+            try:
+                each = vmap(single, in_dims=(None, 0, 0))(theta, rows, targets)
+                return {name: value.sum(0) for name, value in each.items()}
+            except RuntimeError as error:
+                if "vmap" not in str(error):
+                    raise
+                together = False  # the model branches on its data, as transformers does on padding masks
+        found: Parameters = {}
+        for (row, _), target in zip(_chunks(rows, targets, 1), targets, strict=True):
+            row = pytree.tree_map(lambda t: t.squeeze(0) if isinstance(t, Tensor) else t, row)
+            for name, value in single(theta, row, target).items():
+                found[name] = found[name] + value if name in found else value
+        return found
 
     return summed
 

@@ -101,18 +101,21 @@ class SinglePass(nn.Module):
             UnsupportedOp: an operation of the model has no rule; the message says where.
         """
         check_eval(self.model)
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        gaussian: dict[str, Tensor] = {
-            name: GaussianTensor(Moments(parameters[name], getattr(self, _buffer_name(name))), self.approximation)
-            for name in self.names
-        }
         try:
-            output = functional_call(self.model, gaussian, args, kwargs)
+            output = functional_call(self.model, self.gaussian_parameters(), args, kwargs)
         except UnsupportedOp as error:
             raise type(error)(_located(error, self.model)) from error
         moments = as_moments(unwrap(model_output(output), []))
         variance = torch.zeros_like(moments.mean) if moments.var is None else moments.var
         return moments.mean, variance
+
+    def gaussian_parameters(self) -> dict[str, Tensor]:
+        """The random parameters by name as Gaussian tensors, for `torch.func.functional_call` on `self.model`."""
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        return {
+            name: GaussianTensor(Moments(parameters[name], getattr(self, _buffer_name(name))), self.approximation)
+            for name in self.names
+        }
 
     def _at_site(self, path: str) -> Callable[[nn.Module, Any, Any], Any]:
         def scaled(module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001

@@ -70,7 +70,8 @@ def safe_sd(v: Tensor) -> Tensor:
 
 
 @cache
-def _hermite(nodes: int) -> list[tuple[float, float]]:
+def hermite(nodes: int) -> list[tuple[float, float]]:
+    """Nodes and weights of Gauss-Hermite quadrature for a standard normal."""
     points, weights = np.polynomial.hermite_e.hermegauss(nodes)
     return list(zip(points.tolist(), (weights / weights.sum()).tolist(), strict=True))
 
@@ -80,7 +81,7 @@ def quadrature(function: Function, m: Tensor, v: Tensor, nodes: int = NODES) -> 
     sd = torch.where(v > FLOOR, safe_sd(v), 0.0)
     centre = function(m)
     first = second = torch.zeros_like(centre)
-    for point, weight in _hermite(nodes):
+    for point, weight in hermite(nodes):
         gap = function(m + point * sd) - centre
         first, second = first + weight * gap, second + weight * gap.square()
     return centre + first, (second - first.square()).clamp(min=0)

@@ -83,10 +83,13 @@ def _convolution(operation: Callable[..., Tensor], spatial_dims: int) -> Callabl
         def convolve(t: Tensor, kernel: Tensor) -> Tensor:
             return operation(t, kernel, None, stride, padding, dilation, groups)
 
-        result = weighted(convolve, x, w, after_channels(x.mean), approximation, _over_offsets)
-        if x.shared is not None and w.mean[0, 0].numel() > 1:
-            geometry = (stride, padding, dilation)
-            result = _smooth_noise(result, x.shared.expand_as(x.mean), w.mean, operation, groups, geometry)
+        def smooth(g: Tensor) -> Tensor:
+            return _smooth_noise(g, w.mean, operation, groups, (stride, padding, dilation))
+
+        several = w.mean[0, 0].numel() > 1
+        result = weighted(
+            convolve, x, w, after_channels(x.mean), approximation, _over_offsets, smooth if several else None
+        )
         return _with_bias(result, bias, approximation, spatial_dims)
 
     convolution.__name__ = operation.__name__
@@ -94,26 +97,18 @@ def _convolution(operation: Callable[..., Tensor], spatial_dims: int) -> Callabl
 
 
 def _smooth_noise(
-    result: Moments, shared: Tensor, w: Tensor, operation: Callable[..., Tensor], groups: int,
-    geometry: tuple[Any, Any, Any],
-) -> Moments:  # fmt: skip
-    """Corrects v for the part of the input's noise that is smooth over a kernel's extent.
+    g: Tensor, w: Tensor, operation: Callable[..., Tensor], groups: int, geometry: tuple[Any, Any, Any]
+) -> Tensor:
+    """What the variance gains from the part of the input's noise that is smooth over a kernel's extent.
 
-    Of noise with standard deviation g, the average gbar over the kernel's window passes through
-    sum_i (sum_o w_io)^2 gbar_i^2 where independence says sum_io w_io^2 gbar_i^2. First order in
-    the variation of g within a window.
+    Of shared noise with standard deviation g, its average gbar over the kernel's window passes
+    through as sum_i (sum_o w_io)^2 gbar_i^2 where independence says sum_io w_io^2 gbar_i^2. Exact
+    for constant g, first order in its variation within a window.
     """
-    assert result.var is not None
-    assert result.shared is not None
-    size = w[0, 0].numel()
-    channels = shared.shape[1]
-    box = torch.full((channels, 1, *w.shape[2:]), 1 / size, dtype=w.dtype, device=w.device)
-    stride, padding, dilation = geometry
-    level = operation(shared.sqrt(), box, None, stride, padding, dilation, channels).square()
+    box = torch.full((g.shape[1], 1, *w.shape[2:]), 1 / w[0, 0].numel(), dtype=w.dtype, device=w.device)
+    level = operation(g, box, None, *geometry, g.shape[1]).square()
     gain = _over_offsets(w).square() - _over_offsets(w.square())
-    correction = operation(level, gain, None, 1, 0, 1, groups)
-    floor = torch.minimum(result.shared, result.var)
-    return replace(result, var=torch.maximum(result.var + correction, floor))
+    return operation(level, gain, None, 1, 0, 1, groups)
 
 
 def _transposed(operation: Callable[..., Tensor], spatial_dims: int) -> Callable[..., Moments]:

@@ -7,22 +7,22 @@ if it computes an RMS norm, or maps every entry alone, the rule for that is used
 Nothing depends on names of classes.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp
+from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from bayespass.approximation import Approximation
 from bayespass.moments import Moments, as_moments
-from bayespass.rules.activation import elementwise, quadrature
+from bayespass.rules.activation import Matched, elementwise, hermite, quadrature
 from bayespass.rules.normalisation import rms_norm
 from bayespass.rules.registry import recognised_rule, rules
 
 EPSILON_NAMES = ("eps", "variance_epsilon", "epsilon")
 NODES = 9
+SLOPE_SD = 0.03  # over which a derivative is taken
 
 
 class _Calls(TorchFunctionMode):
@@ -119,16 +119,13 @@ def _is_written_out_activation(module: nn.Module) -> bool:
 @recognised_rule(_is_written_out_activation)
 def written_out_activation(module: nn.Module, x: Any, *, approximation: Approximation) -> Moments:
     """F(x) entry by entry: Gauss-Hermite moments with nine nodes, or linearised at the mean."""
-    return elementwise(as_moments(x), approximation, module.forward, _derivative(module), _matched(module))
 
+    def slope(m: Tensor, sd: Tensor | float) -> Tensor:
+        """E f' by Stein's identity, E[z f(m + sd z)] / sd."""
+        centre = module(m)
+        return sum(((w * z) * (module(m + z * sd) - centre) for z, w in hermite(NODES)), torch.zeros_like(m)) / sd
 
-def _derivative(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    return lambda m: jvp(module.forward, (m,), (torch.ones_like(m),))[1]
+    def matched(m: Tensor, v: Tensor) -> Matched:
+        return *quadrature(module, m, v, NODES), slope(m, v.sqrt().clamp(min=SLOPE_SD))
 
-
-def _matched(module: nn.Module) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
-    def matched(m: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        mean, var = quadrature(module.forward, m, v, NODES)[:2]
-        return mean, var, quadrature(_derivative(module), m, v, NODES)[0]
-
-    return matched
+    return elementwise(as_moments(x), approximation, module, lambda m: slope(m, SLOPE_SD), matched)

@@ -32,6 +32,7 @@ def weighted(
     axes: tuple[int, ...],
     approximation: Approximation,
     summed: Callable[[Tensor], Tensor] | None = None,
+    smooth: Callable[[Tensor], Tensor] | None = None,
 ) -> Moments:
     """operation(x, w) for a weight that meets the input at every position; exact under independence.
 
@@ -43,6 +44,8 @@ def weighted(
         approximation: with `shared="ignore"` positions are independent.
         summed: for convolutions: w with its offsets added up, broadcastable to w, which is how much
             of a constant input comes through. By default w itself.
+        smooth: for convolutions: from g to what the variance gains because the offsets of a kernel
+            see one draw.
 
     Returns:
         the moments, with `shared` if the approximation carries it.
@@ -61,7 +64,10 @@ def weighted(
         response = weight.mean.square() if summed is None else weight.mean * summed(weight.mean)
         from_input = operation(g * _centre(g, axes), response)
     covariance = total(from_weight, from_input)
-    return result if covariance is None else Moments(result.mean, result.var, explained(covariance, result.var, axes))
+    if covariance is None:
+        return result
+    var = result.var if g is None or smooth is None else (result.var + smooth(g)).clamp(min=0)
+    return Moments(result.mean, var, explained(covariance, var, axes))
 
 
 def explained(covariance: Tensor, var: Tensor, axes: tuple[int, ...]) -> Tensor:
