@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export BAYESPASS_DATA ?= ../shared/data
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow-test lint format benchmark-demo clean
+.PHONY: help setup demo test slow-test lint format benchmark-demo benchmark-zoo benchmark-real-weights benchmark-cost coverage-page clean
 
 help: ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -42,6 +42,19 @@ format: $(READY) ## Fix what style checks can fix.
 benchmark-demo: $(READY) ## Run the demo's comparison over six seeds (15 minutes); writes benchmarks/results/demo.json, the picture and the table of the README.
 	$(BIN)/python benchmarks/demo.py
 	$(BIN)/python benchmarks/readme.py
+
+benchmark-zoo: $(READY) ## Run every model of the zoo against Monte Carlo (10 minutes); writes benchmarks/results/zoo.json and docs/coverage.md.
+	$(BIN)/python benchmarks/zoo.py
+	$(BIN)/python benchmarks/coverage_page.py
+
+benchmark-real-weights: $(READY) ## ResNet-20 on CIFAR-10 and MiniLM on SST-2 from BAYESPASS_DATA; writes benchmarks/results/real_weights.json.
+	$(BIN)/python benchmarks/real_weights.py
+
+benchmark-cost: $(READY) ## How well `bayespass inspect` predicts costs (2 minutes, on an idle machine); writes benchmarks/results/cost.json.
+	$(BIN)/python benchmarks/cost.py
+
+coverage-page: $(READY) ## Make docs/coverage.md from the registry and benchmarks/results/zoo.json.
+	$(BIN)/python benchmarks/coverage_page.py
 
 clean: ## Remove the environment and every output.
 	rm -rf $(VENV) output

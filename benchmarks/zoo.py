@@ -113,7 +113,7 @@ def missing_library(entry: Entry) -> str | None:
             warnings.simplefilter("ignore")
             try:
                 importlib.import_module(library)
-            except Exception as error:  # noqa: BLE001  a library that fails to import for whatever reason
+            except Exception as error:
                 return f"{library} does not import here: {error}".splitlines()[0]
     return None
 

@@ -173,7 +173,7 @@ def test_notes_about_the_output():
             self.layer = nn.Linear(4, 4)
 
         def forward(self, x):
-            return {"embedding": self.layer(x)}
+            return {"parts": {"embedding": self.layer(x)}}
 
     assert "logits" in inspect_model(Named().eval(), torch.randn(2, 4)).notes[0]
 

@@ -5,10 +5,10 @@ Figures against 1,000 weight samples are in benchmarks/results/zoo.json.
 
 import pytest
 import torch
-from zoo import APPROXIMATIONS, TOLERANCE, built, deterministic_error, missing_library, random_posterior, reference
-from zoo_models import ZOO
 
 from bayespass import SinglePass
+from zoo import APPROXIMATIONS, TOLERANCE, built, deterministic_error, missing_library, random_posterior, reference
+from zoo_models import ZOO
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 # A wide band: 64 draws, several layers of assumptions, and tied or recurrent weights among the models.

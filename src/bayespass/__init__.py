@@ -6,6 +6,7 @@ This file is the whole public API.
 """
 
 from bayespass.approximation import CVP as CVP
+from bayespass.approximation import SHARED as SHARED
 from bayespass.approximation import STREAMLINED as STREAMLINED
 from bayespass.approximation import Approximation as Approximation
 from bayespass.calibrate.temperature import TemperatureScaling as TemperatureScaling
@@ -15,6 +16,7 @@ from bayespass.calibrate.variance_scale import load_scales as load_scales
 from bayespass.errors import BayespassError as BayespassError
 from bayespass.errors import InvalidInput as InvalidInput
 from bayespass.errors import InvalidPosteriorFile as InvalidPosteriorFile
+from bayespass.errors import MissingExtra as MissingExtra
 from bayespass.errors import MissingRule as MissingRule
 from bayespass.errors import NotFitted as NotFitted
 from bayespass.errors import PosteriorMismatch as PosteriorMismatch
@@ -27,6 +29,8 @@ from bayespass.evaluate.compare import compare as compare
 from bayespass.evaluate.scores import Estimate as Estimate
 from bayespass.evaluate.scores import evaluate as evaluate
 from bayespass.evaluate.selective import risk_coverage_curve as risk_coverage_curve
+from bayespass.inspect import Coverage as Coverage
+from bayespass.inspect import inspect_model as inspect_model
 from bayespass.link import softmax_link as softmax_link
 from bayespass.moments import Moments as Moments
 from bayespass.posterior.base import Posterior as Posterior

@@ -103,7 +103,10 @@ def to_device(inputs: Any, device: torch.device | None) -> Any:
 
 
 def model_output(output: Any) -> Any:
-    """The tensor that a model's output is about: itself, its `logits`, or the first of a tuple.
+    """The tensor that a model's output is about.
+
+    Itself, its `logits`, else the first floating-point tensor of the mapping or tuple that is not
+    a loss (`last_hidden_state`, `prediction_outputs`, ...).
 
     Raises:
         InvalidInput: an output of another form.
@@ -112,10 +115,14 @@ def model_output(output: Any) -> Any:
         return output
     if getattr(output, "logits", None) is not None:
         return output.logits
-    if isinstance(output, Mapping) and output.get("logits") is not None:
-        return output["logits"]
-    if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
-        return output[0]
+    if isinstance(output, Mapping):
+        named = {"logits": output["logits"]} if output.get("logits") is not None else output
+        values = [value for name, value in named.items() if name != "loss"]
+    else:
+        values = list(output[:1]) if isinstance(output, tuple | list) else []
+    for value in values:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value
     msg = (
         f"the model must return a tensor, an object or dict with `logits`, or a tuple that starts with a tensor; "
         f"got {type(output).__name__}. Wrap the model in a module whose forward picks the tensor"

@@ -22,8 +22,7 @@ from bayespass.rules.registry import call_rule, in_place_operations, operation_n
 # Reads of metadata, the same for the mean and for the pair.
 _METADATA_METHODS = """
     size stride storage_offset dim ndimension numel nelement element_size is_floating_point is_complex is_signed
-    is_contiguous is_inference is_conj is_neg _is_view _is_zerotensor get_device __len__ __hash__ is_same_size
-    is_pinned dim_order
+    is_contiguous is_inference is_conj is_neg _is_view _is_zerotensor get_device __len__ __hash__ is_same_size is_pinned dim_order
 """
 _METADATA_ATTRIBUTES = """
     shape dtype device ndim layout requires_grad is_leaf grad_fn is_cuda is_cpu is_sparse is_sparse_csr is_quantized
@@ -58,7 +57,9 @@ class GaussianTensor(Tensor):
     gaussian_var: Tensor | None
     gaussian_shared: Tensor | None
     gaussian_scores: Tensor | None
-    gaussian_source: Source | None
+    gaussian_source_var: Tensor | None
+    gaussian_source_weight: Tensor | None
+    gaussian_source_gain: Tensor | None
     approximation: Approximation
     memory: "Memory | None"
     seen: int
@@ -74,7 +75,8 @@ class GaussianTensor(Tensor):
         wrapper.memory, wrapper.seen = None, 0
         wrapper.gaussian_mean, wrapper.gaussian_var = moments.mean, moments.var
         wrapper.gaussian_shared, wrapper.gaussian_scores = moments.shared, moments.scores
-        wrapper.gaussian_source = moments.source
+        var, weight, gain = (None, None, None) if moments.source is None else moments.source
+        wrapper.gaussian_source_var, wrapper.gaussian_source_weight, wrapper.gaussian_source_gain = var, weight, gain
         return wrapper
 
     def __init__(self, moments: Moments, approximation: Approximation) -> None:  # noqa: ARG002  see __new__
@@ -84,7 +86,8 @@ class GaussianTensor(Tensor):
         """Take new moments, as an in-place operation does; views of the same memory become stale."""
         self.gaussian_mean, self.gaussian_var = moments.mean, moments.var
         self.gaussian_shared, self.gaussian_scores = moments.shared, moments.scores
-        self.gaussian_source = moments.source
+        var, weight, gain = (None, None, None) if moments.source is None else moments.source
+        self.gaussian_source_var, self.gaussian_source_weight, self.gaussian_source_gain = var, weight, gain
         if self.memory is not None:
             self.memory.version += 1
             self.seen = self.memory.version
@@ -100,8 +103,8 @@ class GaussianTensor(Tensor):
         target = in_place_operations().get(func, func)
         stores = target is not func or kwargs.pop("inplace", False)
         gaussians: Found = []
-        arguments = [unwrap(value, gaussians) for value in args]
-        keywords = {name: unwrap(value, gaussians) for name, value in kwargs.items()}
+        arguments = [unwrap(value, gaussians, sources=True) for value in args]
+        keywords = {name: unwrap(value, gaussians, sources=True) for name, value in kwargs.items()}
         approximation = _the_approximation(gaussians)
         result = call_rule(target, arguments, keywords, approximation)
         if not stores:
@@ -140,13 +143,18 @@ def _share_memory(source: GaussianTensor, views: Any) -> None:
             view.memory, view.seen = source.memory, source.memory.version
 
 
-def read(tensor: GaussianTensor) -> Moments:
-    """The moments that a Gaussian tensor stands for."""
+def read(tensor: GaussianTensor, source: Source | None = None) -> Moments:
+    """The moments that a Gaussian tensor stands for; its source only matters between two operations."""
     t = tensor
-    return Moments(t.gaussian_mean, t.gaussian_var, t.gaussian_shared, t.gaussian_scores, t.gaussian_source)
+    return Moments(t.gaussian_mean, t.gaussian_var, t.gaussian_shared, t.gaussian_scores, source)
 
 
-def unwrap(value: Any, found: Found) -> Any:
+def _source(tensor: GaussianTensor) -> Source | None:
+    var, weight = tensor.gaussian_source_var, tensor.gaussian_source_weight
+    return None if var is None or weight is None else Source(var, weight, tensor.gaussian_source_gain)
+
+
+def unwrap(value: Any, found: Found, sources: bool = False) -> Any:
     """`Moments` for Gaussian tensors, also inside lists, tuples and dicts; `found` collects them.
 
     The same tensor gives the same moments, so that rules recognise `x * x`.
@@ -158,7 +166,7 @@ def unwrap(value: Any, found: Found) -> Any:
         for tensor, moments in found:
             if tensor is value:
                 return moments
-        moments = read(value)
+        moments = read(value, _source(value) if sources else None)
         if value.memory is not None and value.seen != value.memory.version:
             msg = (
                 "a Gaussian tensor is read after its memory was changed in place through another view of it, which "
@@ -168,10 +176,10 @@ def unwrap(value: Any, found: Found) -> Any:
         found.append((value, moments))
         return moments
     if isinstance(value, list | tuple) and not isinstance(value, torch.Size):
-        parts = [unwrap(part, found) for part in value]
+        parts = [unwrap(part, found, sources) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     if isinstance(value, dict):
-        return {name: unwrap(part, found) for name, part in value.items()}
+        return {name: unwrap(part, found, sources) for name, part in value.items()}
     return value
 
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bayespass.approximation import CVP, Approximation, named_approximation
 from bayespass.batches import call_arguments, model_output
+from bayespass.cost import Cost, Meter, compared
 from bayespass.errors import InvalidInput, MissingRule, UnsupportedOp
 from bayespass.gaussian import METADATA, GaussianTensor
 from bayespass.moments import Moments
@@ -32,14 +32,7 @@ from bayespass.rules.registry import Accuracy, in_place_operations, module_rule_
 
 Status = Literal["exact", "approximate", "missing", "refused"]
 
-FLOP_PER_BYTE = 4.0
-"""Time of moving a byte, in operations of a matrix product: fitted to 10 networks and 3 approximations, eager, on 2 CPU
-cores. Predictions are off by a factor of 1.4 (root mean square), 25 of 30 within 1.5, the worst 2.5 too high (width 64,
-where products run slowly). Overhead per call, which rules forwards of under a millisecond, is not counted. GPU:
-unmeasured."""
-
 DEFAULT_VARIANCE = 1e-6  # of every parameter where no posterior is given; what is traced does not depend on it
-SPECIAL = ("torch._C._special.special_", "torch.special.")  # how they name themselves, and how users do
 TORCH_FOLDER = str(Path(torch.__file__).parent)
 IN_PLACE_METHODS = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")}
 
@@ -83,21 +76,6 @@ class ModuleParameters:
     class_name: str
     total: int
     random: int
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What one single pass costs, in plain forward passes of the same inputs, by counting.
-
-    Args:
-        arithmetic_ratio: of operations in matrix products, convolutions and attention.
-        traffic_ratio: of bytes read and written by everything else.
-        predicted_ratio: of time, as operations plus `FLOP_PER_BYTE` times bytes.
-    """
-
-    arithmetic_ratio: float
-    traffic_ratio: float
-    predicted_ratio: float
 
 
 @dataclass(frozen=True)
@@ -169,7 +147,7 @@ def inspect_model(
     posterior = _every_parameter(model) if posterior is None else posterior
     args, kwargs = call_arguments(inputs)
     single = SinglePass(model, posterior, chosen)
-    plain, spent = _Meter(), _Meter()
+    plain, spent = Meter(), Meter()
     with torch.no_grad():
         try:
             with plain:
@@ -194,7 +172,7 @@ def inspect_model(
         parameters_random=sum(module.random for module in modules),
         unused=tuple(name for key, name in names.items() if key not in recorder.used),
         drops=chosen.drops,
-        cost=_cost(plain, spent),
+        cost=compared(spent, plain),
         notes=tuple(recorder.notes),
     )
 
@@ -240,13 +218,13 @@ class _Recorder(TorchFunctionMode):
         return result
 
     def _note(self, operation: str, accuracy: Accuracy | None, error: Any = None, whole: bool = False) -> None:
-        (path, module), operation = self._within[-1], operation.replace(*SPECIAL)
+        path, module = self._within[-1]
         status: Status = "exact" if accuracy is not None and accuracy.exact else "approximate"
         reason, location, drops = "", "", ()
         if error is not None:
             status = "missing" if isinstance(error, MissingRule) else "refused"
             kind = "" if isinstance(error, UnsupportedOp) else f"{type(error).__name__}: "
-            reason, location = f"{kind}{error}".replace(*SPECIAL), _user_line()
+            reason, location = f"{kind}{error}", _user_line()
         elif any(word in operation.lower() for word in ("attention", "softmax")):
             drops = self.approximation.drops
         bounds = (None, None) if accuracy is None else (accuracy.mean, accuracy.variance)
@@ -331,47 +309,6 @@ def _user_line() -> str:
             return line
         frame = frame.f_back
     return inside_torch
-
-
-class _Meter(TorchDispatchMode):
-    """Counts floating-point operations of products and bytes moved by everything else."""
-
-    PICKS = ("embedding", "index", "index_select", "gather")  # read only what they return
-    FREE = ("empty", "empty_like", "new_empty", "empty_strided", "_unsafe_view", "detach", "lift_fresh")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.flops, self.bytes = 0, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from torch.utils.flop_counter import flop_registry, sdpa_flop_count
-
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        name = func._schema.name.removeprefix("aten::")
-        if name == "_scaled_dot_product_flash_attention_for_cpu":  # the one that the registry forgets
-            self.flops += int(sdpa_flop_count(*(tensor.shape for tensor in args[:3])))
-        elif func.overloadpacket in flop_registry:
-            self.flops += int(flop_registry[func.overloadpacket](*args, **kwargs, out_val=result))
-        elif not func.is_view and name not in self.FREE:
-            written = sum(map(_bytes, pytree.tree_leaves(result)))
-            reads = pytree.tree_leaves((args, kwargs))
-            self.bytes += written + (written if name in self.PICKS else sum(map(_bytes, reads)))
-        return result
-
-
-def _bytes(value: Any) -> int:
-    if not isinstance(value, Tensor):
-        return 0
-    size = value.numel() * value.element_size()
-    return min(size, value.untyped_storage().nbytes()) if value.layout == torch.strided else size
-
-
-def _cost(plain: _Meter, spent: _Meter) -> Cost:
-    def ratio(of: Callable[[_Meter], float]) -> float:
-        return of(spent) / of(plain) if of(plain) else 1.0
-
-    return Cost(ratio(lambda m: m.flops), ratio(lambda m: m.bytes), ratio(lambda m: m.flops + FLOP_PER_BYTE * m.bytes))
 
 
 def _every_parameter(model: nn.Module) -> DiagonalGaussian:

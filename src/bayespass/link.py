@@ -121,27 +121,27 @@ _nodes._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _sobol(mean: Tensor, variance: Tensor) -> Tensor:
-    probs = torch.zeros_like(mean)
-    for logits in _logits_at_nodes(mean, variance):
-        probs = probs + torch.softmax(logits, -1).sum(0)
+    probs, sd = torch.zeros_like(mean), variance.sqrt()
+    for part in _node_parts(mean):
+        probs = probs + torch.softmax(mean + sd * part, -1).sum(0)
     return probs / N_NODES
-
-
-def _logits_at_nodes(mean: Tensor, variance: Tensor) -> "map[Tensor]":
-    """The logits (n, ..., C) at all nodes, a few nodes n at a time."""
-    nodes, sd = _nodes(mean.shape[-1]).to(mean.device, mean.dtype), variance.sqrt()
-    chunk = max(1, min(N_NODES, NODE_ELEMENTS // max(1, mean.numel())))
-    return map(lambda part: mean + sd * part.reshape(-1, *[1] * (mean.dim() - 1), mean.shape[-1]), nodes.split(chunk))
 
 
 def _information(mean: Tensor, variance: Tensor) -> Tensor:
     if mean.shape[-1] > SOBOL_CLASSES:
         mean, variance, *_ = _head(mean, variance)
-    probs, entropy = torch.zeros_like(mean), torch.zeros_like(mean[..., 0])
-    for logits in _logits_at_nodes(mean, variance):
-        p = torch.softmax(logits, -1)
+    probs, entropy, sd = torch.zeros_like(mean), torch.zeros_like(mean[..., 0]), variance.sqrt()
+    for part in _node_parts(mean):
+        p = torch.softmax(mean + sd * part, -1)
         probs, entropy = probs + p.sum(0), entropy + torch.special.entr(p).sum((0, -1))
     return (torch.special.entr(probs / N_NODES).sum(-1) - entropy / N_NODES).clamp(min=0)
+
+
+def _node_parts(mean: Tensor) -> tuple[Tensor, ...]:
+    """The nodes (n, 1, ..., C) for logits like these, as many at a time as memory allows."""
+    nodes = _nodes(mean.shape[-1]).to(mean.device, mean.dtype)
+    chunk = max(1, min(N_NODES, NODE_ELEMENTS // max(1, mean.numel())))
+    return nodes.reshape(N_NODES, *[1] * (mean.dim() - 1), mean.shape[-1]).split(chunk)
 
 
 def _delta(mean: Tensor, variance: Tensor) -> Tensor:

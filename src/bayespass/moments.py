@@ -81,6 +81,14 @@ def _cast(x: Moments, dtype: torch.dtype) -> Moments:
     return Moments(x.mean.to(dtype), var, shared, scores, x.source)
 
 
+STEEPEST = 1e15  # stands for an infinite slope, as of a square root at zero
+
+
+def finite_slope(derivative: Tensor) -> Tensor:
+    """A derivative without infinities, whose product with no variance is none."""
+    return derivative.nan_to_num(0.0, STEEPEST, -STEEPEST)
+
+
 def total(*terms: Tensor | None) -> Tensor | None:
     """Sum of the variances that are there; `None` when none is."""
     present = [term for term in terms if term is not None]

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bayespass.moments import Moments
-from bayespass.rules.placing import assign
+from bayespass.rules.placing import assign, copied
 
 
 def positive(*shape, seed=0):
@@ -79,9 +79,9 @@ def zeros(*shape):
 LAYERS = {
     torch.lstm: [
         case(
-            plain(2, 4, 3),
-            (zeros(2, 2, 4), zeros(2, 2, 4)),
-            [*cell(3, 4, 4), *cell(4, 4, 4, 7)],
+            plain(1, 2, 2),
+            (zeros(2, 1, 2), zeros(2, 1, 2)),
+            [*cell(2, 2, 4), *cell(2, 2, 4, 7)],
             True,
             2,
             0.0,
@@ -90,9 +90,9 @@ LAYERS = {
             True,
         ),
         case(
-            gaussian(3, 2, 3, sd=0.3),
-            (zeros(2, 2, 2), zeros(2, 2, 2)),
-            [*cell(3, 2, 4)[:2], *cell(3, 2, 4, 9)[:2]],
+            gaussian(2, 1, 2, sd=0.3),
+            (zeros(2, 1, 2), zeros(2, 1, 2)),
+            [*cell(2, 2, 4)[:2], *cell(2, 2, 4, 9)[:2]],
             False,
             1,
             0.0,
@@ -129,7 +129,7 @@ SURFACE_CASES = {
     F.rms_norm: [case(x, (32,), w) for (x, w), _ in NORMED] + [case(gaussian(3, 32), (32,), None, 1e-3)],
     F.group_norm: [case(gaussian(2, 8, 4, 4), 2, gaussian(8, seed=1, sd=0.3), plain(8)), case(gaussian(2, 4, 32), 1)],
     F.instance_norm: [case(gaussian(2, 3, 6, 6)), case(gaussian(2, 3, 4, 4), plain(3), plain(3).square(), use_input_stats=False)],
-    torch.layer_norm: [case(gaussian(3, 32), (32,), plain(32))],
+    torch.layer_norm: [case(gaussian(3, 32, scale=2.0), (32,), gaussian(32, seed=1, sd=0.3))],
     torch.group_norm: [case(gaussian(2, 8, 4, 4), 2, gaussian(8, seed=1, sd=0.3), plain(8))],
     torch.constant_pad_nd: [case(gaussian(2, 3), (1, 2), 1.5)],
     F.normalize: [case(gaussian(3, 32), dim=-1)],
@@ -172,6 +172,7 @@ SURFACE_CASES = {
     F.multi_head_attention_forward: [attention_case(plain(4, 2, 4)), attention_case(plain(3, 4), need_weights=False)],
     Tensor.__rtruediv__: [case(positive(5), 2.0)],
     assign: [case(gaussian(3, 4), (slice(None), 1), gaussian(3, seed=1)), case(gaussian(3), torch.tensor([True, False, True]), 2.0)],
+    copied: [case(plain(2, 3), gaussian(3))],
     **RECURRENT, **LAYERS,
 }  # fmt: skip
 EXTRA = {

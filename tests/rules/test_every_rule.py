@@ -20,7 +20,7 @@ DELTA = Approximation("delta", norm="delta")
 NARROWING = {Tensor.float, Tensor.half, Tensor.bfloat16}  # Monte Carlo in float64 sees their rounding
 # What check_rule cannot draw: results that hold indices, random slopes, packed rows (test_surface.py).
 TESTED_ALONE = {
-    torch.max, Tensor.max, F.rrelu, torch.rrelu, torch._pack_padded_sequence, torch._pad_packed_sequence,
+    torch.max, Tensor.max, torch.topk, Tensor.topk, getattr(torch, "_grouped_mm", None), F.rrelu, torch.rrelu, torch._pack_padded_sequence, torch._pad_packed_sequence,
 }  # fmt: skip
 ALL_CASES = [(op, i) for op, cases in CASES.items() for i in range(len(cases))]
 

@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from cases import CASES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
-from bayespass.approximation import CVP, STREAMLINED, Approximation
+from bayespass.approximation import CVP, SHARED, STREAMLINED, Approximation
 from bayespass.moments import Moments
+from bayespass.rules.registry import rules
 from bayespass.testing.rule_checks import through_dispatch
 
 APPROXIMATIONS = st.sampled_from([STREAMLINED, CVP, Approximation("delta", norm="delta")])
@@ -114,3 +117,65 @@ def test_pooling(data, dtype, approximation, kernel, padding):
     for operation in (F.max_pool2d, F.avg_pool2d):
         result = through_dispatch(operation, (x, kernel, 1, padding), {}, approximation)
         assert_valid(result, operation(x.mean, kernel, 1, padding).shape, dtype)
+
+
+EVERY_CASE = [(operation, args, kwargs) for operation, cases in CASES.items() for args, kwargs in cases]
+# Where torch itself gives NaN or infinity for these inputs, or has no kernel for the dtype, there is nothing to check.
+UNDEFINED = (RuntimeError, NotImplementedError, ValueError)
+
+
+def as_drawn(tree, dtype, mean_scale, var_scale, share):
+    """The case in another precision, with other sizes and a shared part."""
+
+    def changed(leaf):
+        if isinstance(leaf, Moments):
+            var = (leaf.var * var_scale).to(dtype)
+            return Moments((leaf.mean * mean_scale).to(dtype), var, None if share is None else (share * var).to(dtype))
+        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
+            return leaf.to(dtype)
+        return leaf
+
+    return pytree.tree_map(changed, tree, is_leaf=lambda leaf: isinstance(leaf, Moments))
+
+
+@given(
+    case=st.sampled_from(EVERY_CASE),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+    mean_scale=st.sampled_from([0.0, 1e-3, 1.0, 30.0]),
+    var_scale=st.sampled_from([0.0, 1e-8, 1.0, 100.0, 1e6]),
+    approximation=st.sampled_from([STREAMLINED, CVP, SHARED]),
+    share=st.sampled_from([0.0, 0.5, 1.0]),
+)
+@settings(max_examples=800, deadline=None, derandomize=True)
+@pytest.mark.filterwarnings("ignore")
+def test_every_rule_in_every_precision_and_size(case, dtype, mean_scale, var_scale, approximation, share):
+    operation, args, kwargs = case
+    var_scale = min(var_scale, 100.0) if dtype == torch.float16 else var_scale
+    share = share if approximation.shared == "carry" and rules()[operation].knows_shared else None
+    args, kwargs = as_drawn((args, kwargs), dtype, mean_scale, var_scale, share)
+    at_mean = pytree.tree_map(
+        lambda leaf: leaf.mean if isinstance(leaf, Moments) else leaf,
+        (args, kwargs),
+        is_leaf=lambda leaf: isinstance(leaf, Moments),
+    )
+    try:
+        plain = operation(*at_mean[0], **at_mean[1])
+    except UNDEFINED:
+        return
+    results = pytree.tree_leaves(
+        through_dispatch(operation, args, kwargs, approximation), is_leaf=lambda leaf: isinstance(leaf, Moments)
+    )
+    for result, expected in zip(results, pytree.tree_leaves(plain), strict=True):
+        if not isinstance(result, Moments) or not bool(torch.isfinite(expected).all()):
+            continue
+        assert result.mean.shape == expected.shape
+        assert result.mean.dtype == expected.dtype
+        assert not bool(torch.isnan(result.mean).any())
+        if result.var is None:
+            continue
+        assert result.var.shape == expected.shape
+        assert not bool(torch.isnan(result.var).any())
+        assert bool((result.var >= 0).all())
+        if result.shared is not None:
+            assert not bool(torch.isnan(result.shared).any())
+            assert bool((result.shared >= 0).all())

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from bayespass.approximation import CVP, SHARED, STREAMLINED
 from bayespass.moments import Moments
-from bayespass.rules.placing import CREATIONS, PREDICATES
+from bayespass.rules.placing import CREATIONS, FILLED, PREDICATES
 from bayespass.rules.registry import module_rule_for
 from bayespass.testing.rule_checks import through_dispatch
 
@@ -29,8 +29,42 @@ def test_creations_take_only_shape_and_kind(operation):
     made = through_dispatch(
         operation, (x, *arguments.get(operation, ((2,),) if "new" in operation.__name__ else ())), {}, CVP
     )
+    if operation in FILLED:  # ready to be written into
+        assert float(made.var.abs().max()) == 0
+        made = made.mean
     assert isinstance(made, Tensor)
     assert made.dtype == x.mean.dtype
+
+
+def test_results_can_be_collected_in_zeros_made_from_a_gaussian():
+    from bayespass.gaussian import GaussianTensor, read
+
+    x = GaussianTensor(gaussian(2, 3), CVP)
+    collected = torch.zeros_like(x)
+    collected[:, 1] = x[:, 0]
+    collected.index_add_(1, torch.tensor([2]), x[:, 1:2])
+    expected = torch.stack([torch.zeros(2), gaussian(2, 3).var[:, 0], gaussian(2, 3).var[:, 1]], 1)
+    torch.testing.assert_close(read(collected).var, expected.double())
+
+
+@pytest.mark.skipif(not hasattr(torch, "_grouped_mm"), reason="torch has no grouped product")
+def test_grouped_products_are_products_by_group():
+    x, w = gaussian(4, 8), gaussian(2, 8, 8, seed=1)
+    x, w = Moments(x.mean.float(), x.var.float()), Moments(w.mean.float(), w.var.float())
+    result = through_dispatch(torch._grouped_mm, (x, w), {"offs": torch.tensor([1, 4], dtype=torch.int32)}, CVP)
+    for rows, group in ((slice(0, 1), 0), (slice(1, 4), 1)):
+        own = through_dispatch(
+            torch.matmul, (Moments(x.mean[rows], x.var[rows]), Moments(w.mean[group], w.var[group])), {}, CVP
+        )
+        torch.testing.assert_close(result.mean[rows], own.mean)
+        torch.testing.assert_close(result.var[rows], own.var)
+
+
+def test_topk_takes_the_largest_means():
+    x = gaussian(3, 5)
+    values, places = through_dispatch(torch.topk, (x, 2), {}, CVP)
+    assert places.equal(x.mean.topk(2).indices)
+    torch.testing.assert_close(values.var, x.var.gather(1, places))
 
 
 @pytest.mark.parametrize("operations", PREDICATES, ids=lambda f: f[0].__name__)

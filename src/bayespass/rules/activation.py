@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bayespass.approximation import Approximation
-from bayespass.moments import Moments, Source, in_float32, linearise, scale
+from bayespass.moments import Moments, Source, finite_slope, in_float32, linearise, scale
 from bayespass.rules.registry import EXACT, Accuracy, Operation, rule
 
 # sigmoid(x) ~ sum_k p_k Phi(l_k x), largest error 4.8e-5 (single_pass notes 3.2).
@@ -118,13 +118,13 @@ def elementwise(
     def compute(x: Moments) -> Moments:
         assert x.var is not None
         if approximation.activation == "linear":
-            gain = derivative(x.mean)
+            gain = finite_slope(derivative(x.mean))
             result = linearise(value(x.mean), gain, x)
             return replace(result, source=_through(x.source, gain))
         mean, var, gain = matched(x.mean, x.var)
         shared = None
         if x.shared is not None:
-            first = gain.square()
+            first = finite_slope(gain).square()
             ratio = (x.shared / x.var.clamp(min=torch.finfo(var.dtype).tiny)).clamp(max=1)
             rest = torch.addcmul(var, first, x.var, value=-1).clamp(min=0)
             shared = torch.minimum(torch.addcmul(first * x.shared, rest, ratio.square()), var)

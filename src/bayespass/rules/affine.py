@@ -28,6 +28,8 @@ from bayespass.rules.sharing import after_channels, between, broadcast_noise, we
 
 def plain_weight(weight: Any) -> Any:
     """A quantised weight as ordinary numbers; anything else as it is."""
+    if torch.compiler.is_compiling():
+        return weight
     quantised = isinstance(weight, Tensor) and (weight.is_quantized or is_traceable_wrapper_subclass(weight))
     return weight.dequantize() if quantised else weight
 
@@ -219,6 +221,22 @@ def _product(a: Moments, b: Moments, approximation: Approximation) -> Moments:
     if b.mean.dim() == 2 and b.shared is None:  # a weight matrix
         return weighted(torch.matmul, a, b, between(a.mean), approximation)
     return bilinear(torch.matmul, a, b)
+
+
+def grouped_mm(input: Any, mat2: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Moments:
+    """Rows times the matrix of their group, as mixtures of experts are written. Exact for independent entries.
+
+    Raises:
+        UnsupportedOp: a bias.
+    """
+    if bias is not None:
+        msg = "the Gaussian rule of torch._grouped_mm takes no bias"
+        raise UnsupportedOp(msg)
+    return bilinear(lambda a, b: torch._grouped_mm(a, b, offs, out_dtype=out_dtype), input, mat2)
+
+
+if hasattr(torch, "_grouped_mm"):  # torch 2.8 and later
+    rule(torch._grouped_mm, knows_shared=True)(grouped_mm)
 
 
 @rule(Tensor.__rmatmul__, knows_shared=True)

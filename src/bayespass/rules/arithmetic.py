@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from bayespass.approximation import Approximation
 from bayespass.errors import UnsupportedOp
-from bayespass.moments import Moments, add, as_moments, average, bilinear, carry, linearise, scale, total
+from bayespass.moments import Moments, add, as_moments, average, bilinear, carry, finite_slope, linearise, scale, total
 from bayespass.rules.registry import Accuracy, in_place, refuse_out, rule
 from bayespass.rules.sharing import broadcast_noise, copied_axes, explained
 
@@ -166,6 +166,7 @@ def power(input: Any, exponent: Any, *, out: None = None, approximation: Approxi
     if exponent == 3:
         return _elementary(input, m**3, 3 * m.square(), 6 * m, third=6.0, approximation=approximation)
     first, second = exponent * m ** (exponent - 1), exponent * (exponent - 1) * m ** (exponent - 2)
+    first, second = finite_slope(first), finite_slope(second)
     return _elementary(input, m**exponent, first, second, third=0.0, approximation=approximation)
 
 

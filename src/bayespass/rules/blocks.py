@@ -7,6 +7,7 @@ if it computes an RMS norm, or maps every entry alone, the rule for that is used
 Nothing depends on names of classes.
 """
 
+import dis
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from bayespass.approximation import Approximation
 from bayespass.moments import Moments, as_moments
 from bayespass.rules.activation import Matched, elementwise, hermite, quadrature
+from bayespass.rules.affine import linear
 from bayespass.rules.normalisation import rms_norm
 from bayespass.rules.registry import recognised_rule, rules
 
@@ -100,9 +102,15 @@ def written_out_rms_norm(module: nn.Module, x: Any, *, approximation: Approximat
     return rms_norm(x, x.mean.shape[-1:], weight, eps, approximation=approximation)
 
 
+def _calculates(module: nn.Module) -> bool:
+    """Whether its forward holds an arithmetic operator; others are not tried, as trying may have side effects."""
+    code = getattr(type(module).forward, "__code__", None)
+    return code is not None and any(step.opname == "BINARY_OP" for step in dis.get_instructions(code))
+
+
 def _is_written_out_activation(module: nn.Module) -> bool:
     """Several operations that together map every entry alone."""
-    if next(module.parameters(), None) is not None or not _is_foreign_leaf(module):
+    if next(module.parameters(), None) is not None or not _is_foreign_leaf(module) or not _calculates(module):
         return False
     x = _probe(3, 4)
     with _Calls() as calls:
@@ -129,3 +137,15 @@ def written_out_activation(module: nn.Module, x: Any, *, approximation: Approxim
         return *quadrature(module, m, v, NODES), slope(m, v.sqrt().clamp(min=SLOPE_SD))
 
     return elementwise(as_moments(x), approximation, module, lambda m: slope(m, SLOPE_SD), matched)
+
+
+def _is_quantised_linear(module: nn.Module) -> bool:
+    """A layer that keeps a packed int8 weight and hands it out on request, as PyTorch's dynamic quantisation leaves."""
+    methods = (getattr(module, name, None) for name in ("weight", "bias"))
+    return hasattr(module, "_packed_params") and hasattr(module, "out_features") and all(map(callable, methods))
+
+
+@recognised_rule(_is_quantised_linear)
+def quantised_linear(module: Any, x: Any, *, approximation: Approximation) -> Moments:
+    """x W^T + b with the dequantised weight, which is known; the rounding of activations is left out."""
+    return linear(x, module.weight().dequantize(), module.bias(), approximation=approximation)

@@ -176,6 +176,18 @@ def assignment(input: Any, index: Any, value: Any) -> Moments:
     return fieldwise(lambda x, v: assign(x, index, v), input, value)
 
 
+def copied(input: Any, src: Any) -> Tensor:
+    """What x is after `x.copy_(src)`."""
+    return src.to(input.dtype).expand_as(input).clone()
+
+
+@rule(copied, knows_shared=True)
+def copying(input: Any, src: Any, non_blocking: bool = False) -> Moments:
+    """x.copy_(y): y in the kind and shape of x. Exact."""
+    like = as_moments(input).mean
+    return move(lambda t: copied(like, t), as_moments(src))
+
+
 @rule(F.fold, knows_shared=True)
 def fold(
     input: Moments, output_size: Any, kernel_size: Any, dilation: Any = 1, padding: Any = 0, stride: Any = 1
@@ -202,15 +214,20 @@ for _operations in PREDICATES:
     rule(*_operations, knows_shared=True)(_predicate(_operations[0]))
 
 
-def _created(operation: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def created(input: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """A new tensor that takes only shape, dtype and device from x."""
-        return operation(as_moments(input).mean, *args, **kwargs)
+def _created(operation: Callable[..., Tensor]) -> Callable[..., Any]:
+    def created(input: Any, *args: Any, **kwargs: Any) -> Any:
+        """A new tensor that takes only shape, dtype and device from x.
+
+        What is made to be filled (zeros, empty) may receive Gaussian entries and has zero variance.
+        """
+        made = operation(as_moments(input).mean, *args, **kwargs)
+        return Moments(made, torch.zeros_like(made)) if operation in FILLED and made.is_floating_point() else made
 
     created.__name__ = operation.__name__
     return created
 
 
+FILLED = {torch.zeros_like, torch.empty_like, Tensor.new_zeros, Tensor.new_empty}
 CREATIONS = (
     torch.zeros_like, torch.ones_like, torch.full_like, torch.empty_like, torch.rand_like, torch.randn_like,
     Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_empty, Tensor.new_tensor,
@@ -222,6 +239,6 @@ in_place(
     {
         Tensor.masked_fill_: torch.masked_fill, Tensor.__setitem__: assign, Tensor.scatter_: torch.scatter,
         Tensor.scatter_add_: torch.scatter_add, Tensor.index_add_: torch.index_add,
-        Tensor.index_copy_: torch.index_copy,
+        Tensor.index_copy_: torch.index_copy, Tensor.copy_: copied,
     }
 )  # fmt: skip

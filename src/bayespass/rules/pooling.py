@@ -250,6 +250,16 @@ def maximum_along(
     return torch.return_types.max((values, input.mean.argmax(dim, keepdim=keepdim)))  # type: ignore[arg-type]
 
 
+@rule(torch.topk, Tensor.topk, knows_shared=True)
+def topk(
+    input: Moments, k: int, dim: int = -1, largest: bool = True, sorted: bool = True, *, out: None = None
+) -> Any:  # fmt: skip
+    """The k entries with the largest means and their places; as for routers to experts, the mean chooses."""
+    refuse_out(out)
+    _, places = torch.topk(input.mean, k, dim, largest, sorted)
+    return torch.return_types.topk((move(lambda t: t.gather(dim, places), input), places))  # type: ignore[arg-type]
+
+
 Entry = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # mean, variance, shared sd, whether it takes part
 
 

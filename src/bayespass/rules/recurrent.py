@@ -23,6 +23,7 @@ from bayespass.rules.registry import Accuracy, rule
 
 ACCURACY = Accuracy(0.5, 0.5)
 OVER_STEPS = Accuracy(0.5, 0.8)
+LARGEST = 1e15
 State = tuple[Moments, ...]
 Cell = Callable[..., State]
 
@@ -40,6 +41,11 @@ def _plus(a: Moments, b: Moments) -> Moments:
     return Moments(result.mean, result.var + both, result.shared + both)
 
 
+def _held(x: Moments) -> Moments:
+    """Variances that a linearised recurrence blows up, held where their squares are still numbers."""
+    return carry(x.mean, lambda v: v.clamp(max=LARGEST), x)
+
+
 @rule(torch.lstm_cell, accuracy=ACCURACY, knows_shared=True)
 def lstm_cell(
     input: Any, hx: Sequence[Any], w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None, *,
@@ -52,7 +58,7 @@ def lstm_cell(
     i, f, o = (sigmoid(gate, approximation=approximation) for gate in (i, f, o))
     g = tanh(g, approximation=approximation)
     kept, new = bilinear(torch.mul, f, c), bilinear(torch.mul, i, g)
-    c = _plus(kept, new)
+    c = _held(_plus(kept, new))
     return bilinear(torch.mul, o, tanh(c, approximation=approximation)), c
 
 
@@ -71,7 +77,7 @@ def gru_cell(
     mixed = _plus(bilinear(torch.mul, rest.mean, n), bilinear(torch.mul, z.mean, h))
     gap = Moments(h.mean - n.mean, total(h.var, n.var), total(h.shared, n.shared))
     second = bilinear(torch.mul, Moments(torch.zeros_like(z.mean), z.var, z.shared), gap)
-    return add(mixed, second)
+    return _held(add(mixed, second))
 
 
 def _rnn_cell(activation: Callable[..., Moments]) -> Callable[..., Moments]:
@@ -147,8 +153,8 @@ def _run(
     outputs: list[Any] = [None] * len(steps)
     for t in order:
         rows = sizes[t]
-        now = tuple(move(Tensor.narrow, s, 0, 0, rows) for s in state)
-        new = cell(steps[t], now if len(now) > 1 else now[0], *weights, approximation=approximation)
+        now = [move(Tensor.narrow, s, 0, 0, rows) for s in state]
+        new = cell(steps[t], tuple(now) if len(now) > 1 else now[0], *weights, approximation=approximation)
         new = new if isinstance(new, tuple) else (new,)
         outputs[t] = new[0]
         ended = state[0].mean.shape[0] - rows

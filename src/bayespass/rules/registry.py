@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from bayespass.errors import InvalidInput, MissingRule, UnsupportedOp
@@ -185,15 +186,26 @@ def call_rule(operation: Callable[..., Any], args: list[Any], kwargs: dict[str, 
     if not entry.knows_shared and any(_has_shared(value) for value in [*args, *kwargs.values()]):
         msg = f"the rule of {operation_name(operation)} does not carry shared variance and would drop it"
         raise UnsupportedOp(msg)
-    if entry.wants_approximation:
-        kwargs = {**kwargs, "approximation": approximation}
+    keywords = {**kwargs, "approximation": approximation} if entry.wants_approximation else kwargs
+    half = None if entry.aliases else _half_precision([*args, *kwargs.values()])
     try:
-        return entry.call(*args, **kwargs)
+        if half is None:
+            return entry.call(*args, **keywords)
+        wide = entry.call(*_cast_all(args, torch.float32), **_cast_all(keywords, torch.float32))
+        asked = next((value for value in [*args, *kwargs.values()] if isinstance(value, torch.dtype)), half)
+        return _cast_all(wide, asked)
     except TypeError as error:
         if error.__traceback__ is None or error.__traceback__.tb_next is not None:
             raise  # raised inside the rule, not by binding its arguments
         msg = f"the Gaussian rule of {operation_name(operation)} does not take these arguments: {error}"
         raise UnsupportedOp(msg) from error
+
+
+USER_MODULES = {
+    "torch._C": "torch", "torch._C._VariableFunctions": "torch", "torch.functional": "torch",
+    "torch._C._nn": "torch.nn.functional", "torch._C._special": "torch.special", "torch._C._linalg": "torch.linalg",
+    "torch._C._fft": "torch.fft",
+}  # fmt: skip  # what operations say of themselves, and what users write
 
 
 def operation_name(operation: Operation) -> str:
@@ -204,8 +216,8 @@ def operation_name(operation: Operation) -> str:
     if getattr(operation, "__qualname__", name).startswith(("TensorBase.", "Tensor.")):
         return f"torch.Tensor.{name}"
     module = getattr(operation, "__module__", None) or "torch"
-    known = {"torch._C._nn": "torch.nn.functional", "torch._C": "torch", "torch._C._VariableFunctions": "torch"}
-    return f"{known.get(module, module)}.{name}"
+    name = name.removeprefix("special_").removeprefix("linalg_").removeprefix("fft_")
+    return f"{USER_MODULES.get(module, module)}.{name}"
 
 
 def refuse_out(out: Any) -> None:
@@ -217,6 +229,36 @@ def refuse_out(out: Any) -> None:
     if out is not None:
         msg = "out= would store the mean without its variance; drop the out argument in the model"
         raise UnsupportedOp(msg)
+
+
+def _half_precision(values: list[Any]) -> torch.dtype | None:
+    """float16 when that is what the operation works in: squares leave its range, so rules compute in float32."""
+    tensors = [leaf.mean if isinstance(leaf, Moments) else leaf for leaf in _leaves(values)]
+    kinds = {t.dtype for t in tensors if t.is_floating_point() and t.dim() > 0}
+    return torch.float16 if kinds == {torch.float16} else None
+
+
+def _leaves(values: Any) -> list[Any]:
+    if isinstance(values, list | tuple):
+        return [leaf for value in values for leaf in _leaves(value)]
+    return [values] if isinstance(values, Moments | Tensor) else []
+
+
+def _cast_all(value: Any, dtype: torch.dtype) -> Any:
+    """Every floating-point tensor inside in the dtype; what leaves the range of float16 stays at its end."""
+    if isinstance(value, Moments):
+        fields = (
+            None if f is None else _cast_all(f, dtype) for f in (value.mean, value.var, value.shared, value.scores)
+        )
+        return Moments(*fields, source=value.source)  # type: ignore[arg-type]
+    if isinstance(value, Tensor) and value.is_floating_point():
+        largest = torch.finfo(dtype).max
+        return (value.clamp(-largest, largest) if dtype == torch.float16 else value).to(dtype)
+    if isinstance(value, dict):
+        return {name: _cast_all(part, dtype) for name, part in value.items()}
+    if isinstance(value, list | tuple) and not isinstance(value, torch.Size):
+        return type(value)([_cast_all(part, dtype) for part in value])
+    return value
 
 
 def _has_shared(value: Any) -> bool:
