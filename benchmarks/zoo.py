@@ -33,7 +33,7 @@ from bayespass.predict.propagation import SinglePass
 from bayespass.predict.sampling import MonteCarlo
 from bayespass.progress import track
 from results import ROOT, write_result
-from zoo_models import ZOO, Entry, Picked
+from zoo_models import ZOO, Entry
 
 APPROXIMATIONS = ("streamlined", "cvp", "shared")
 RELATIVE_SD = 0.1
@@ -100,8 +100,7 @@ def zero_posterior(model: nn.Module) -> DiagonalGaussian:
 def built(entry: Entry, seed: int = 0) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     """The entry's model and one batch, the same every time."""
     torch.manual_seed(seed)
-    model, args, kwargs = entry.build()
-    return (Picked(model, entry.output).eval() if entry.output else model), args, kwargs
+    return entry.build()
 
 
 def missing_library(entry: Entry) -> str | None:
@@ -161,7 +160,7 @@ def trained_cnn(seed: int, n_samples: int) -> dict[str, Any]:
     train_split, calibration, test = load_digits(seed, recipe.n_train, N_CALIBRATION)
     torch.manual_seed(seed)
     model = build()
-    posterior = train(model, train_split, recipe, seed)
+    posterior = train(model, train_split, recipe, seed, progress=False)
     images = test.images[:512]
     result: dict[str, Any] = {"model": "demo CNN, trained", "seed": seed, "status": "ok"}
     with torch.no_grad():

@@ -23,27 +23,12 @@ class Entry:
         library: whose class it is.
         build: the model in eval mode, its positional and its keyword arguments.
         kind: "transformer", "cnn", "recurrent", "graph" or "other".
-        output: which field of the model's output is looked at; "" for the usual one.
     """
 
     name: str
     library: str
     build: Callable[[], Built]
     kind: str = "transformer"
-    output: str = ""
-
-
-class Picked(nn.Module):
-    """A model whose answer is one field of what it returns."""
-
-    def __init__(self, model: nn.Module, field: str) -> None:
-        super().__init__()
-        self.model = model
-        self.field = field
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The field."""
-        return getattr(self.model(*args, **kwargs), self.field)
 
 
 def images(batch: int = 8, size: int = 32) -> Tensor:
@@ -56,14 +41,14 @@ def tokens(batch: int = 8, length: int = 12, vocabulary: int = 99) -> Tensor:
     return torch.randint(5, vocabulary, (batch, length))
 
 
-def _hf(name: str, config: str, model: str, inputs: Callable[[], dict[str, Any]], kind: str = "transformer", output: str = "", **settings: Any) -> Entry:  # fmt: skip
+def _hf(name: str, config: str, model: str, inputs: Callable[[], dict[str, Any]], kind: str = "transformer", **settings: Any) -> Entry:  # fmt: skip
     def build() -> Built:
         import transformers
 
         made = getattr(transformers, model)(getattr(transformers, config)(**settings)).eval()
         return made, (), inputs()
 
-    return Entry(name, "transformers", build, kind, output)
+    return Entry(name, "transformers", build, kind)
 
 
 ENCODER = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
@@ -136,7 +121,7 @@ TRANSFORMERS = [
         conv_dim=[16, 16, 16], conv_kernel=[10, 3, 3], conv_stride=[5, 2, 2], num_feat_extract_layers=3,
         num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4, num_labels=5, vocab_size=32, classifier_proj_size=16),
     _hf("PatchTST", "PatchTSTConfig", "PatchTSTForPrediction", lambda: {"past_values": torch.randn(8, 64, 3)},
-        output="prediction_outputs", num_input_channels=3, context_length=64, prediction_length=8, patch_length=8, patch_stride=8,
+        num_input_channels=3, context_length=64, prediction_length=8, patch_length=8, patch_stride=8,
         d_model=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64, loss="mse"),
 ]  # fmt: skip
 

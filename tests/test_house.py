@@ -62,3 +62,16 @@ def test_results_have_their_header():
         assert {"command", "versions", "machine", "seeds", "table", "summary"} <= set(result), path
         assert all(isinstance(value, int | float) for value in result["summary"].values())
         assert (ROOT / result["command"].split()[1]).exists()
+
+
+def test_no_rule_knows_a_models_class():
+    """Blocks are known by torch's own classes or by what they compute, never as a part of somebody's model."""
+    from bayespass.rules import registry
+
+    assert all(cls.__module__.startswith("torch.nn") for cls in registry._MODULE_RULES)
+    for path in SOURCES:
+        text = path.read_text(encoding="utf-8")
+        if "rules" in path.parts or "predict" in path.parts:
+            assert not {"transformers", "torchvision", "timm"} & set(
+                text.replace(".", " ").replace("import", " ").split()
+            ), path

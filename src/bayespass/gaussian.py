@@ -1,11 +1,8 @@
 """GaussianTensor: mean and variance travelling together through unmodified PyTorch code.
 
-A wrapper subclass of `torch.Tensor` around one `Moments`. Every torch function that meets it is
-looked up in the registry; the rule sees `Moments`, never the wrapper. The type exists only inside
-one propagation: users handle posteriors and predictions.
-
-An operation without a rule raises; attributes that would hand out the mean alone raise too, so
-variance is never dropped in silence.
+A wrapper subclass of `torch.Tensor` around one `Moments`, alive inside one propagation only. Every torch function that
+meets it is looked up in the registry; the rule sees `Moments`, never the wrapper. An operation without a rule raises,
+and so do attributes that would hand out the mean alone: variance is never dropped in silence.
 """
 
 from collections.abc import Callable
@@ -20,21 +17,19 @@ from bayespass.moments import Moments, Source
 from bayespass.rules.registry import call_rule, in_place_operations, operation_name, rules
 
 # Reads of metadata, the same for the mean and for the pair.
-_METADATA_METHODS = """
+_METADATA = """
     size stride storage_offset dim ndimension numel nelement element_size is_floating_point is_complex is_signed
-    is_contiguous is_inference is_conj is_neg _is_view _is_zerotensor get_device __len__ __hash__ is_same_size is_pinned dim_order
-"""
-_METADATA_ATTRIBUTES = """
-    shape dtype device ndim layout requires_grad is_leaf grad_fn is_cuda is_cpu is_sparse is_sparse_csr is_quantized
-    is_nested is_meta is_mps is_xpu is_mkldnn names itemsize nbytes is_vulkan is_mtia is_ipu is_xla is_maia _version
-    _base _backward_hooks output_nr retains_grad grad _has_symbolic_sizes_strides
+    is_contiguous is_inference is_conj is_neg _is_view _is_zerotensor get_device __len__ __hash__ is_same_size
+    is_pinned dim_order shape dtype device ndim layout requires_grad is_leaf grad_fn is_cuda is_cpu is_sparse
+    is_sparse_csr is_quantized is_nested is_meta is_mps is_xpu is_mkldnn names itemsize nbytes is_vulkan is_mtia is_ipu
+    is_xla is_maia _version _base _backward_hooks output_nr retains_grad grad _has_symbolic_sizes_strides
 """
 
 
 def _metadata() -> frozenset[Callable[..., Any]]:
-    methods = [getattr(Tensor, name) for name in _METADATA_METHODS.split() if hasattr(Tensor, name)]
-    getters = [getattr(Tensor, name).__get__ for name in _METADATA_ATTRIBUTES.split() if hasattr(Tensor, name)]
-    return frozenset([*methods, *getters, torch.is_floating_point, torch.is_complex, torch.numel])
+    found = [getattr(Tensor, name) for name in _METADATA.split() if hasattr(Tensor, name)]
+    arriving = [entry if callable(entry) else entry.__get__ for entry in found]  # attributes arrive as their getters
+    return frozenset([*arriving, torch.is_floating_point, torch.is_complex, torch.numel])
 
 
 METADATA = _metadata()
@@ -71,8 +66,7 @@ class GaussianTensor(Tensor):
         wrapper = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, mean.shape, strides=mean.stride(), dtype=mean.dtype, device=mean.device, layout=mean.layout
         )
-        wrapper.approximation = approximation
-        wrapper.memory, wrapper.seen = None, 0
+        wrapper.approximation, wrapper.memory, wrapper.seen = approximation, None, 0
         wrapper.gaussian_mean, wrapper.gaussian_var = moments.mean, moments.var
         wrapper.gaussian_shared, wrapper.gaussian_scores = moments.shared, moments.scores
         var, weight, gain = (None, None, None) if moments.source is None else moments.source
@@ -145,8 +139,8 @@ def _share_memory(source: GaussianTensor, views: Any) -> None:
 
 def read(tensor: GaussianTensor, source: Source | None = None) -> Moments:
     """The moments that a Gaussian tensor stands for; its source only matters between two operations."""
-    t = tensor
-    return Moments(t.gaussian_mean, t.gaussian_var, t.gaussian_shared, t.gaussian_scores, source)
+    common = (tensor.gaussian_mean, tensor.gaussian_var, tensor.gaussian_shared, tensor.gaussian_scores)
+    return Moments(*common, source)
 
 
 def _source(tensor: GaussianTensor) -> Source | None:
