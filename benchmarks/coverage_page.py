@@ -113,7 +113,7 @@ def zoo(result: dict[str, Any]) -> str:
     for row in result["table"]:
         if "library" not in row:
             continue
-        figures = [f"{row[n]['ratio']:.2f}, {row[n]['spearman']:.2f}" if n in row else "" for n in names]
+        figures = [f"{row[n]['ratio']:.3g}, {row[n]['spearman']:.2f}" if n in row else "" for n in names]
         status = row["status"] if row["status"] == "ok" else f"{row['status']}: {row['reason']}"
         halves = f"{row['monte_carlo']['halves_spearman']:.2f}" if "monte_carlo" in row else ""
         lines.append(f"| {row['model']} | {row['library']} | {status} | {' | '.join(figures)} | {halves} |")

@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-
 torch.set_num_threads(1)  # tiny operations wait longer for a second thread than they compute
 
 

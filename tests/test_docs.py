@@ -66,3 +66,14 @@ def test_the_readme_table_is_the_result_file():
     result = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text(encoding="utf-8"))
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert readme.with_table(text, readme.demo_table(result)) == text
+
+
+def test_the_coverage_page_is_made_from_the_registry_and_the_result_file():
+    """`make coverage-page` wrote it; a rule that changes, or a new benchmark run, must change it."""
+    import json
+
+    import coverage_page
+
+    result = json.loads((ROOT / "benchmarks" / "results" / "zoo.json").read_text(encoding="utf-8"))
+    assert coverage_page.PAGE.read_text(encoding="utf-8") == coverage_page.page(result)
+    assert not [row for row in result["table"] if row["status"] == "fails"]

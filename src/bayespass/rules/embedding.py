@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bayespass.errors import UnsupportedOp
-from bayespass.moments import Moments, move
+from bayespass.moments import Moments, average, move
 from bayespass.rules.registry import rule
 
 
@@ -42,6 +42,26 @@ def embedding_weight_first(
 ) -> Moments:
     """`torch.embedding`, which takes the table first."""
     return _lookup(weight, indices)
+
+
+@rule(F.embedding_bag, knows_shared=True)
+def embedding_bag(
+    input: Any, weight: Any, offsets: Any = None, max_norm: float | None = None, norm_type: float = 2,
+    scale_grad_by_freq: bool = False, mode: str = "mean", sparse: bool = False, per_sample_weights: Any = None,
+    include_last_offset: bool = False, padding_idx: int | None = None,
+) -> Moments:  # fmt: skip
+    """Sums or averages of looked-up rows, bag by bag. Exact for bags without repeated rows.
+
+    Raises:
+        UnsupportedOp: another form than (B, N) indices with mode "sum" or "mean".
+    """
+    plain = isinstance(input, Tensor) and input.dim() == 2
+    if not plain or max_norm is not None or mode == "max" or per_sample_weights is not None or padding_idx is not None:
+        msg = "the Gaussian rule of embedding_bag takes (B, N) indices with mode='sum' or 'mean' and no further options"
+        raise UnsupportedOp(msg)
+    rows = _lookup(weight, input)
+    size = input.shape[1] if mode == "mean" else 1
+    return average(lambda t: t.sum(1) / size, lambda t: t.sum(1) / size**2, rows)
 
 
 def _lookup(weight: Any, indices: Any) -> Moments:

@@ -61,8 +61,9 @@ COPIES = {
 SPLITS = {Tensor.split, Tensor.chunk}
 
 
-def _with_sources(parts: Any, x: Moments, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Parts of a linear map's output remember their rows of the map (a fused gate and up projection)."""
+def split_with_sources(x: Moments, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Parts of a linear map's output that remember their rows of the map (a fused gate and up projection)."""
+    parts = move(function, x, *args, **kwargs)
     dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
     if x.source is None or x.source.gain is not None or dim not in (-1, x.mean.dim() - 1):
         return parts
@@ -70,6 +71,10 @@ def _with_sources(parts: Any, x: Moments, function: Callable[..., Any], args: An
     weights = function(x.source.weight, size, dim=0)
     pairs = zip(parts, weights, strict=True)
     return tuple(replace(part, source=x.source._replace(weight=weight)) for part, weight in pairs)
+
+
+def _moved(x: Moments, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return move(function, x, *args, **kwargs)
 
 
 def _register_move(operations: tuple[Callable[..., Any], ...]) -> None:
@@ -81,8 +86,7 @@ def _register_move(operations: tuple[Callable[..., Any], ...]) -> None:
             kwargs = {key: value.mean if isinstance(value, Moments) else value for key, value in kwargs.items()}
             return function(input, *args, **kwargs)
         args = tuple(value.mean if isinstance(value, Moments) else value for value in args)
-        moved = move(function, input, *args, **kwargs)
-        return _with_sources(moved, input, function, args, kwargs) if function in SPLITS else moved
+        return (split_with_sources if function in SPLITS else _moved)(input, function, *args, **kwargs)
 
     rule(*operations, knows_shared=True, aliases=function not in COPIES)(moved)
 
