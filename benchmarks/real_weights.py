@@ -25,6 +25,7 @@ import gzip
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -89,7 +90,7 @@ class Sizes:
 
 
 RESNET = Sizes(4000, 50_000, 200, 20, 150, 30, 667, 200, tuple(10 ** (0.5 * k) for k in range(5, 12)))
-MINILM = Sizes(800, 2500, 200, 16, 96, 40, 400, 64, tuple(10 ** (0.5 * k) for k in range(4, 13)))
+MINILM = Sizes(800, 2500, 600, 16, 96, 40, 400, 64, tuple(10 ** (0.5 * k) for k in range(5, 12)))
 
 
 # --- ResNet-20 on CIFAR-10 --------------------------------------------------------------------------
@@ -341,6 +342,7 @@ def measure(
         truth = prediction_from_draws(draws, posterior.info, sizes.reference)
         half = sizes.reference // 2
         first, second = draws[:half].var(0), draws[half:].var(0)
+        split, split_entries = rank_correlation(first.sum(-1), second.sum(-1)), rank_correlation(first, second)
         predictors = {
             "map": quality(predict_dataset(mean_network, batches), truth, targets),
             f"mc{sizes.reference}": quality(truth, None, targets),
@@ -356,8 +358,10 @@ def measure(
                 "n_rows": len(targets),
                 **fitted,
                 "reference_logit_sd_median": float(draws.var(0).sqrt().median()),
-                "half_split_spearman_entries": rank_correlation(first, second),
-                "half_split_spearman": rank_correlation(first.sum(-1), second.sum(-1)),
+                "half_split_spearman": split,
+                "half_split_spearman_entries": split_entries,
+                "spearman_ceiling": ceiling(split),
+                "spearman_ceiling_entries": ceiling(split_entries),
                 "scales": {name: dict(factors) for name, factors in scales.items()},
                 "predictors": predictors,
             }
@@ -397,6 +401,15 @@ def closeness(prediction: Prediction, truth: Prediction) -> dict[str, float]:
 def rank_correlation(a: Tensor, b: Tensor) -> float:
     """Spearman's, over all entries."""
     return float(spearmanr(a.flatten().numpy(), b.flatten().numpy())[0])  # type: ignore[arg-type]
+
+
+def ceiling(half_split: float) -> float:
+    """About the highest correlation with the whole reference that a noise-free predictor could reach.
+
+    The halves' correlation r gives the whole's reliability 2 r / (1 + r), Spearman and Brown 1910; a
+    noise-free predictor correlates with it by the square root.
+    """
+    return math.sqrt(max(0.0, 2 * half_split / (1 + half_split)))
 
 
 def in_batches(pair: tuple[Tensor, Tensor], size: int) -> Batches:
@@ -461,7 +474,10 @@ def summarise(table: list[dict[str, Any]]) -> dict[str, float]:
             summary[f"{network}.{name}"] = statistics.mean(values)
             summary[f"{network}.{name}_sd"] = statistics.stdev(values) if len(values) > 1 else 0.0
 
-        for figure in ("half_split_spearman", "half_split_spearman_entries", "reference_logit_sd_median"):
+        for figure in ("half_split_spearman", "spearman_ceiling"):
+            add(figure, [row[figure] for row in rows])
+            add(f"{figure}_entries", [row[f"{figure}_entries"] for row in rows])
+        for figure in ("reference_logit_sd_median", "prior_precision"):
             add(figure, [row[figure] for row in rows])
         for predictor, figures in rows[0]["predictors"].items():
             base = predictor.removesuffix("_uncalibrated")

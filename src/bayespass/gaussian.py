@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bayespass.approximation import Approximation
 from bayespass.errors import UnsupportedOp
-from bayespass.moments import Moments, Source
+from bayespass.moments import Moments, Source, cast
 from bayespass.rules.registry import call_rule, in_place_operations, operation_name, rules
 
 # Reads of metadata, the same for the mean and for the pair.
@@ -96,6 +96,9 @@ class GaussianTensor(Tensor):
             return super().__torch_function__(func, types, args, kwargs)
         target = in_place_operations().get(func, func)
         stores = target is not func or kwargs.pop("inplace", False)
+        first = args[0] if args else kwargs.get("input", kwargs.get("self"))
+        if func is Tensor.__setitem__ and len(args) == 3:
+            _see_own_view(first, args[2])
         gaussians: Found = []
         arguments = [unwrap(value, gaussians, sources=True) for value in args]
         keywords = {name: unwrap(value, gaussians, sources=True) for name, value in kwargs.items()}
@@ -103,17 +106,17 @@ class GaussianTensor(Tensor):
         result = call_rule(target, arguments, keywords, approximation)
         if not stores:
             wrapped = wrap(result, approximation)
-            if not torch.compiler.is_compiling() and rules()[target].aliases and isinstance(args[0], GaussianTensor):
-                _share_memory(args[0], wrapped)
+            if not torch.compiler.is_compiling() and rules()[target].aliases and isinstance(first, GaussianTensor):
+                _share_memory(first, wrapped)
             return wrapped
-        if not isinstance(args[0], GaussianTensor):
+        if not isinstance(first, GaussianTensor):
             msg = (
                 f"{operation_name(func)} would store a Gaussian result in a plain tensor and drop its variance; "
                 f"write it out of place (x = x + y) in the model"
             )
             raise UnsupportedOp(msg)
-        args[0].store(result)
-        return args[0]
+        first.store(cast(result, first.dtype))
+        return first
 
     @classmethod
     def __torch_dispatch__(cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -132,9 +135,17 @@ class GaussianTensor(Tensor):
 
 def _share_memory(source: GaussianTensor, views: Any) -> None:
     source.memory = source.memory or Memory()
+    place = source.gaussian_mean.untyped_storage().data_ptr()
     for view in views if isinstance(views, tuple | list) else (views,):
-        if isinstance(view, GaussianTensor):
+        if isinstance(view, GaussianTensor) and view.gaussian_mean.untyped_storage().data_ptr() == place:
             view.memory, view.seen = source.memory, source.memory.version
+
+
+def _see_own_view(target: Any, value: Any) -> None:
+    """`x[i] += y` changes a view of x and then assigns it to x, which is therefore not stale."""
+    own = isinstance(target, GaussianTensor) and isinstance(value, GaussianTensor) and value.memory is target.memory
+    if own and target.memory is not None and value.seen == target.memory.version == target.seen + 1:
+        target.seen = target.memory.version
 
 
 def read(tensor: GaussianTensor, source: Source | None = None) -> Moments:

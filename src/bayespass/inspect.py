@@ -292,7 +292,9 @@ class _Recorder(TorchFunctionMode):
         except InvalidInput as error:
             self.notes.append(str(error))
             tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-            found = tensors[0] if tensors else torch.zeros(())
+            if not tensors:
+                return torch.zeros(())
+            found = tensors[0]
         if not isinstance(found, GaussianTensor):
             self.notes.append("the output is deterministic: no variance of a random parameter reaches it")
         return found

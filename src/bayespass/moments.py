@@ -72,11 +72,14 @@ def in_float32(compute: Callable[[Moments], Moments], x: Moments) -> Moments:
     dtype = x.mean.dtype
     if dtype not in (torch.float16, torch.bfloat16):
         return compute(x)
-    result = compute(_cast(x, torch.float32))
-    return _cast(result, dtype)
+    result = compute(cast(x, torch.float32))
+    return cast(result, dtype)
 
 
-def _cast(x: Moments, dtype: torch.dtype) -> Moments:
+def cast(x: Moments, dtype: torch.dtype) -> Moments:
+    """Every field in the dtype."""
+    if x.mean.dtype == dtype:
+        return x
     var, shared, scores = (apply(lambda t: t.to(dtype), field) for field in (x.var, x.shared, x.scores))
     return Moments(x.mean.to(dtype), var, shared, scores, x.source)
 
@@ -137,6 +140,7 @@ def add(a: "Moments | Tensor", b: "Moments | Tensor", alpha: float = 1) -> Momen
 def scale(x: Moments, gain: "Tensor | float") -> Moments:
     """Gain x for a known gain: variance is multiplied by gain^2. Exact."""
     mean = x.mean * gain
+    gain = gain.to(mean.dtype) if isinstance(gain, Tensor) else gain  # small integers overflow when squared
     square = gain * gain
     return Moments(mean, apply(lambda v: (v * square).expand_as(mean), x.var), apply(lambda v: v * square, x.shared))
 

@@ -58,7 +58,8 @@ def test_half_precision_is_close_to_single(dtype, approximation):
     mean, variance = SinglePass(model, around(model), approximation).moments(x)
     half = model.to(dtype)
     low_mean, low_variance = SinglePass(half, around(half), approximation).moments(x.to(dtype))
-    assert low_mean.dtype == low_variance.dtype == dtype
+    assert low_mean.dtype == dtype
+    assert low_variance.dtype == (torch.float32 if dtype == torch.float16 else dtype)  # small ones need its range
     torch.testing.assert_close(low_mean.float(), mean, rtol=0.1, atol=0.05)
     torch.testing.assert_close(low_variance.float(), variance, rtol=0.1, atol=1e-4)
 

@@ -182,6 +182,10 @@ SURFACE_CASES = {
     **RECURRENT, **LAYERS,
 }  # fmt: skip
 EXTRA = {
+    torch.max_pool2d: [
+        case(gaussian(1, 2, 5, 6), 2, 2, 0, 1, True),
+        case(gaussian(1, 1, 6, 5), 3, 2, 1, ceil_mode=True),
+    ],
     torch.div: [case(plain(5), positive(5)), case(gaussian(5), positive(5, seed=1))],
     torch.pow: [
         case(gaussian(5), 3),

@@ -27,7 +27,6 @@ REFUSED = {
     "batch norm without statistics": (F.batch_norm, (gaussian(3, 2), None, None), {}, "track_running_stats"),
     "attention dropout": (F.scaled_dot_product_attention, (plain(2, 3), plain(2, 3), gaussian(2, 3), None, 0.1), {}, "dropout"),
     "indices of maxima": (torch.max_pool2d, (gaussian(1, 2, 4, 4), 2), {"return_indices": True}, "indices"),
-    "ceil mode of maxima": (torch.max_pool2d, (gaussian(1, 2, 5, 5), 2), {"ceil_mode": True}, "ceil_mode"),
     "counted padding with ceil": (F.avg_pool2d, (gaussian(1, 2, 5, 5), 2, 2, 1, True), {}, "ceil_mode"),
     "max norm": (F.embedding, (torch.tensor([1]), gaussian(3, 2)), {"max_norm": 1.0}, "max_norm"),
     "random index": (Tensor.__getitem__, (plain(3), gaussian(3)), {}, "index"),

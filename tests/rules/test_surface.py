@@ -242,6 +242,80 @@ class Rolled(nn.Module):
         return torch.roll(x * torch.sigmoid(x), 1, -1)
 
 
+class PixelNorm(nn.Module):
+    """RMS over channels: the last axis only for matrices."""
+
+    def __init__(self):
+        super().__init__()
+        self.eps = 1e-8
+
+    def forward(self, x):
+        return x / torch.sqrt(torch.mean(x**2, dim=1, keepdim=True) + self.eps)
+
+
+class CentredIn3D(nn.Module):
+    def forward(self, x):
+        y = x * 2 + 1
+        return y - y.mean(1, keepdim=True) if x.dim() == 3 else y
+
+
+class Shifted(nn.Module):
+    def forward(self, x):
+        return x * 0.5 + F.pad(x, (0, 5))[..., 5:] * 0.5
+
+
+class GatedNorm(SecondRMS):
+    """An RMS norm with an optional second input."""
+
+    def forward(self, hidden, gate=None):
+        return super().forward(hidden if gate is None else hidden * F.silu(gate))
+
+
+def over(model, x, variance=1e-4, approximation=CVP):
+    from bayespass import DiagonalGaussian, SinglePass
+
+    mean = {name: p.detach() for name, p in model.named_parameters()}
+    posterior = DiagonalGaussian(
+        mean, {name: torch.full_like(p, variance, dtype=torch.float32) for name, p in mean.items()}
+    )
+    return SinglePass(model, posterior, approximation).moments(*x)
+
+
+@pytest.mark.parametrize("block", [PixelNorm, CentredIn3D, Shifted], ids=lambda c: c.__name__)
+def test_blocks_that_only_look_alike_are_answered_by_their_operations(block):
+    assert module_rule_for(block()) is None
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv1d(3, 12, 3), block()).eval()
+    x = torch.randn(2, 3, 14)
+    torch.testing.assert_close(over(net, (x,), 1e-12)[0], net(x).detach())
+
+
+def test_a_recognised_block_with_a_second_input_is_answered_by_its_operations():
+    class Net(nn.Module):
+        def __init__(self, gated):
+            super().__init__()
+            self.first, self.norm, self.gated = nn.Linear(4, 8), GatedNorm(8), gated
+
+        def forward(self, x):
+            y = self.first(x)
+            return self.norm(y, gate=y.tanh()) if self.gated else self.norm(hidden=y)
+
+    for gated in (False, True):
+        net, x = Net(gated).eval(), torch.randn(5, 4)
+        mean, variance = over(net, (x,), 1e-12)
+        torch.testing.assert_close(mean, net(x).detach())
+        assert bool((variance >= 0).all())
+
+
+def test_a_norm_keeps_its_own_precision():
+    """A single-precision weight in a half-precision model, as some libraries keep it."""
+    net = nn.Sequential(nn.Linear(4, 8), SecondRMS(8), nn.Linear(8, 2)).to(torch.bfloat16).eval()
+    net[1].weight.data = net[1].weight.data.float()
+    x = torch.randn(3, 4, dtype=torch.bfloat16)
+    mean, _ = over(net, (x,))
+    assert mean.dtype == net(x).dtype
+
+
 def test_blocks_are_recognised_by_what_they_compute():
     assert module_rule_for(QuickGELU()) is not None
     assert module_rule_for(SecondRMS(8)) is not None
@@ -261,7 +335,7 @@ def test_a_recognised_activation_has_the_moments_of_its_input():
     from bayespass.rules.blocks import written_out_activation
 
     x = Moments(torch.linspace(-3, 3, 9, dtype=torch.float64), torch.full((9,), 0.7, dtype=torch.float64))
-    result = written_out_activation(QuickGELU(), x, approximation=CVP)
+    result = written_out_activation(QuickGELU())(QuickGELU(), x, approximation=CVP)
     truth = QuickGELU()(sampled(x, 400_000))
     torch.testing.assert_close(result.mean, truth.mean(0), rtol=0, atol=5e-3)
     torch.testing.assert_close(result.var, truth.var(0), rtol=0.02, atol=1e-4)
@@ -272,7 +346,96 @@ def test_a_recognised_norm_has_the_moments_of_the_function():
 
     x = gaussian(3, 32).mean.float(), gaussian(3, 32).var.float()
     module = SecondRMS(32).eval()
-    mine = written_out_rms_norm(module, Moments(*x), approximation=SHARED)
+    mine = written_out_rms_norm(module)(module, Moments(*x), approximation=SHARED)
     expected = through_dispatch(F.rms_norm, (Moments(*x), (32,), torch.ones(32), 1e-3), {}, SHARED)
     torch.testing.assert_close(mine.mean, expected.mean)
     torch.testing.assert_close(mine.var, expected.var)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gated_products_count_their_covariance_in_every_precision(dtype):
+    from bayespass.gaussian import GaussianTensor, read
+
+    w = plain(32, 16).to(dtype)
+    x = GaussianTensor(
+        Moments(
+            torch.zeros(1, 16, dtype=dtype),
+            torch.full((1, 16), 0.09, dtype=torch.float32 if dtype == torch.float16 else dtype),
+        ),
+        CVP,
+    )
+    result = read(F.linear(x, w) * F.linear(x, w))
+    expected = 0.09 * w.float().square().sum(1)
+    torch.testing.assert_close(result.mean.float(), expected[None], rtol=0.05, atol=0.05)
+
+
+def test_small_variances_survive_float16():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 16, bias=False), nn.Tanh(), nn.Linear(16, 4, bias=False)).eval()
+    x = torch.randn(2, 16) * 0.02
+    _, expected = over(net, (x,), 1e-8)
+    _, variance = over(net.half(), (x.half(),), 1e-8)
+    torch.testing.assert_close(variance.float(), expected, rtol=0.05, atol=0)
+
+
+def test_infinities_stay_infinite_in_float16():
+    x = Moments(torch.zeros(2, 2, dtype=torch.float16), torch.ones(2, 2))
+    masked = through_dispatch(torch.masked_fill, (x, torch.tensor([True, False]), -math.inf), {}, CVP)
+    assert masked.mean[:, 0].isneginf().all()
+
+
+def test_float16_autocast_is_refused():
+    from bayespass.errors import InvalidInput
+
+    net = nn.Linear(3, 2).eval()
+    with torch.autocast("cpu", dtype=torch.float16), pytest.raises(InvalidInput, match="bfloat16"):
+        over(net, (torch.randn(2, 3),))
+
+
+@pytest.mark.parametrize("equation", ["bi,ij,jk->bk", "bi,ij->bi", "ib,bo->io"])
+def test_einsum_contracts_known_operands_before_squaring(equation):
+    x, known = gaussian(2, 4), [plain(4, 5), plain(5, 3)][: equation.count(",")]
+    result = through_dispatch(torch.einsum, (equation, x, *known), {}, CVP)
+    truth = torch.stack([torch.einsum(equation, draw, *known) for draw in sampled(x, 20_000)])
+    torch.testing.assert_close(result.var, truth.var(0), rtol=0.06, atol=1e-6)
+
+
+def test_einsum_with_a_summed_axis_that_only_the_known_operand_has():
+    x = gaussian(3, 4)
+    known = plain(2, 4) + 1
+    result = through_dispatch(torch.einsum, ("bi,oi->o", known, x), {}, CVP)
+    torch.testing.assert_close(result.var, (known.sum(0).square() * x.var).sum(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32])
+def test_integer_gains_do_not_overflow(dtype):
+    x = gaussian(3)
+    scaled = through_dispatch(torch.mul, (x, torch.full((3,), 100, dtype=dtype)), {}, CVP)
+    torch.testing.assert_close(scaled.var, 1e4 * x.var)
+
+
+def test_views_copies_and_spellings():
+    from bayespass.gaussian import GaussianTensor, read
+
+    def made(*shape, dtype=torch.float64):
+        x = gaussian(*shape)
+        return GaussianTensor(Moments(x.mean.to(dtype), x.var.to(dtype)), CVP)
+
+    x = made(3, 4)
+    copied = x[torch.tensor([0, 1])]
+    copied += 1
+    assert isinstance(x * 2, GaussianTensor)  # an advanced index copies: x is not stale
+    x[:, :2] += 1.0
+    torch.testing.assert_close(read(x).mean[:, :2], gaussian(3, 4).mean[:, :2] + 1)
+    assert isinstance(x * 2, GaussianTensor)
+    low = made(3, 4, dtype=torch.bfloat16)
+    low += torch.ones(3, 4)
+    assert low.dtype == read(low).mean.dtype == torch.bfloat16
+    for result in (torch.flatten(input=x), torch.chunk(input=x, chunks=2, dim=1)[0], x.mean(axis=1), x.sum(axis=1, keepdims=True),
+                   x.scatter(1, torch.zeros(3, 1, dtype=torch.long), src=x), torch.zeros(3, 4).double().where(torch.ones(3, 4).bool(), x)):  # fmt: skip
+        assert isinstance(result, GaussianTensor)
+    mask = torch.zeros_like(x).scatter_(1, torch.tensor([[0], [1], [2]]), 1)
+    assert mask.bool().sum() == 3
+    assert (torch.zeros_like(x) == 0).all()
+    with pytest.raises(Exception, match="random"):
+        _ = x > 0

@@ -10,7 +10,9 @@ from bayespass.errors import InvalidInput
 
 PosteriorFile = Annotated[Path, typer.Argument(help="Posterior file written by posterior.save(...).")]
 Data = Annotated[Path, typer.Argument(help="npz file with the arrays `inputs` and `targets`.")]
-Predictors = Annotated[str, typer.Option(help="Comma-separated: map, mcS, streamlined, cvp, cvp_uncalibrated.")]
+Predictors = Annotated[
+    str, typer.Option(help="Comma-separated: map, mcS, streamlined, cvp, shared, or NAME_uncalibrated.")
+]
 Reference = Annotated[int, typer.Option(min=2, help="Weight samples of the Monte-Carlo reference.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows per batch; costs are measured on one batch.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Also write the numbers to this JSON file.")]

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 import bayespass.rules  # noqa: F401  registers every rule
 from bayespass.approximation import CVP, Approximation, named_approximation
-from bayespass.batches import call_arguments, model_output
+from bayespass.batches import call_arguments, device_of, model_output
 from bayespass.errors import InvalidInput, MissingRule, UnsupportedOp
 from bayespass.gaussian import Found, GaussianTensor, read, unwrap, wrap
 from bayespass.link import Link, softmax_link
@@ -24,7 +24,7 @@ from bayespass.moments import Moments, as_moments
 from bayespass.posterior.base import Posterior
 from bayespass.predict.snapshot import check_eval, snapshot
 from bayespass.prediction import ClassificationPrediction, Prediction, RegressionPrediction
-from bayespass.rules.registry import module_rule_for
+from bayespass.rules.registry import has_module_rule, module_rule_for
 
 OUTPUT_SITE = ""
 SiteHook = Callable[[str, Any], Any]
@@ -45,8 +45,7 @@ class SinglePass(nn.Module):
 
     Raises:
         PosteriorMismatch: posterior and model do not fit.
-        InvalidInput: the model is in training mode, a scale names no site or is not positive, or a
-            variance vanishes in float16.
+        InvalidInput: the model is in training mode, a scale names no site or is not positive.
 
     Source: arXiv 2606.16214 (CVP), arXiv 2411.18425 (streamlining).
     """
@@ -68,18 +67,15 @@ class SinglePass(nn.Module):
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         for name, variance in posterior.variance.items():
             like = parameters[name]
-            cast = variance.detach().to(like.device, like.dtype, copy=True)
-            if like.dtype == torch.float16 and bool(((cast == 0) & (variance.to(like.device) > 0)).any()):
-                msg = f"the variance of {name} is below the range of float16 and would vanish; use bfloat16 or float32"
-                raise InvalidInput(msg)
-            self.register_buffer(_buffer_name(name), cast)
+            dtype = torch.float32 if like.dtype == torch.float16 else like.dtype  # small variances need its range
+            self.register_buffer(_buffer_name(name), variance.detach().to(like.device, dtype, copy=True))
         self.sites = sites(self.model, self.names)
         self.scales = _checked_scales(scales, self.sites, self.approximation)
         self._site_hook: SiteHook | None = None
         for path in self.sites:
             self.model.get_submodule(path).register_forward_hook(self._at_site(path))
         for module in self.model.modules():
-            _take_whole(module)
+            _take_whole(module, self.approximation)
             if isinstance(module, nn.TransformerEncoder):
                 module.use_nested_tensor = False  # a shortcut for padding that no rule can follow
         self.eval()
@@ -101,6 +97,7 @@ class SinglePass(nn.Module):
             UnsupportedOp: an operation of the model has no rule; the message says where.
         """
         check_eval(self.model)
+        _refuse_half_autocast(device_of(self.model))
         try:
             output = functional_call(self.model, self.gaussian_parameters(), args, kwargs)
         except UnsupportedOp as error:
@@ -125,6 +122,18 @@ class SinglePass(nn.Module):
             return output if self._site_hook is None else self._site_hook(path, output)
 
         return scaled
+
+
+def _refuse_half_autocast(device: torch.device) -> None:
+    """Raise under float16 autocast.
+
+    Raises:
+        InvalidInput: it would cast variances to float16, where small ones vanish.
+    """
+    kind = device.type
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
+        msg = "autocast to float16 would lose small variances; use torch.autocast(..., dtype=torch.bfloat16) or none"
+        raise InvalidInput(msg)
 
 
 def propagate(
@@ -207,24 +216,27 @@ def _buffer_name(parameter_name: str) -> str:
     return "variance/" + parameter_name.replace(".", "/")
 
 
-def _take_whole(module: nn.Module) -> None:
+def _take_whole(module: nn.Module, approximation: Approximation) -> None:
     """Let a module rule answer for the module's whole forward, if its class has one."""
     whole = module_rule_for(module)
     if whole is None:
         return
     ordinary = module.forward
     wants_approximation = "approximation" in inspect.signature(whole).parameters
+    takes_one = not has_module_rule(module)  # recognised by what it makes of one tensor
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if takes_one and (len(args) != 1 or kwargs):
+            return ordinary(*args, **kwargs)
         found: Found = []
         unwrap(list(self.parameters()), found)
         arguments, keywords = unwrap(args, found), unwrap(kwargs, found)
         if not found:
             return ordinary(*args, **kwargs)
-        approximation = found[0][0].approximation
         if wants_approximation:
             keywords["approximation"] = approximation
-        return wrap(whole(self, *arguments, **keywords), approximation)
+        result = whole(self, *arguments, **keywords)
+        return ordinary(*args, **kwargs) if result is NotImplemented else wrap(result, approximation)
 
     module.forward = types.MethodType(forward, module)
 

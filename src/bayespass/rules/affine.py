@@ -296,9 +296,11 @@ def einsum(equation: str, *operands: Any) -> Moments:
             values,
         )
     if len(random) == 1:
+        mixed = places[0] > 0  # what stands behind a known operand is mixed over positions
+        equation, plain, places = _with_one_known_operand(equation, plain, places[0])
         x = random[0]
         result = average(lambda t: contracted(t, squared=False), lambda t: contracted(t, squared=True), x)
-        if x.shared is None or places[0] > 0:  # what stands behind a known operand is mixed over positions
+        if x.shared is None or mixed:
             return result
         independent = Moments(x.mean, x.var)
         var = average(lambda t: contracted(t, squared=False), lambda t: contracted(t, squared=True), independent).var
@@ -306,6 +308,29 @@ def einsum(equation: str, *operands: Any) -> Moments:
     a, b = random
     second = bilinear(lambda s, t: contracted(s, t, squared=True), a, b)
     return Moments(contracted(a.mean, b.mean, squared=False), second.var, second.shared)
+
+
+def _with_one_known_operand(equation: str, operands: list[Any], place: int) -> tuple[str, list[Any], list[int]]:
+    """The same contraction with the known operands contracted first, to axes of the random operand or the output.
+
+    Only then are the squares of known weights those of what multiplies an entry.
+
+    Raises:
+        UnsupportedOp: "..." in an equation where that is needed.
+    """
+    inputs, _, output = equation.replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    kept = set(terms[place]) | set(output)
+    lost = set(inputs) - kept - {","}
+    if "->" not in equation or not lost:
+        return equation, operands, [place]
+    if "..." in equation:
+        msg = f"no Gaussian rule for torch.einsum({equation!r}): contract the known operands first"
+        raise UnsupportedOp(msg)
+    known = [i for i in range(len(terms)) if i != place]
+    axes = "".join(sorted(set("".join(terms[i] for i in known)) - lost))
+    factor = torch.einsum(",".join(terms[i] for i in known) + "->" + axes, *(operands[i] for i in known))
+    return f"{terms[place]},{axes}->{output}", [operands[place], factor], [0]
 
 
 def _is_product_of_entries(equation: str, places: list[int]) -> bool:

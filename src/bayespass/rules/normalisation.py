@@ -1,4 +1,4 @@
-"""Layer, RMS, group, instance, local-response and batch norm, and vectors scaled to length one.
+"""Layer, RMS, group, instance and batch norm, and vectors scaled to length one.
 
 Assumption: entries are independent within the group that is normalised. The norms divide by a
 statistic of random entries; the approximation's field `norm` says how that statistic is treated:

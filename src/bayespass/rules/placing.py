@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bayespass.errors import UnsupportedOp
+from bayespass.errors import MissingRule, UnsupportedOp
 from bayespass.moments import Moments, as_moments, average, carry, move, scale
 from bayespass.rules.registry import in_place, operation_name, refuse_out, rule
 
@@ -79,7 +79,8 @@ def where(condition: Any, input: Any, other: Any, *, out: None = None) -> Moment
         UnsupportedOp: the condition is random.
     """
     refuse_out(out)
-    if isinstance(input, Tensor) and input.dtype == torch.bool and isinstance(condition, Moments):
+    condition_given = isinstance(condition, Tensor) and condition.dtype == torch.bool
+    if isinstance(input, Tensor) and input.dtype == torch.bool and not condition_given:
         condition, input = input, condition  # x.where(condition, y)
     if isinstance(condition, Moments):
         msg = "no Gaussian rule for torch.where with a random condition"
@@ -116,13 +117,14 @@ def _padded(x: Moments, pad: Sequence[int], value: float | None) -> Moments:
 
 
 def _with_source(operation: Callable[..., Tensor]) -> Callable[..., Moments]:
-    def placed(input: Any, dim: int, index: Tensor, source: Any, **kwargs: Any) -> Moments:
+    def placed(input: Any, dim: int, index: Tensor, source: Any = None, **kwargs: Any) -> Moments:
         """Entries of a source put, or added, at known places: exact for independent entries.
 
         Raises:
             UnsupportedOp: a random index, or a scale or reduction that the rule does not honour.
         """
         alpha = kwargs.pop("alpha", 1)
+        source = source if source is not None else kwargs.pop("src", kwargs.pop("value", None))
         if isinstance(index, Moments) or kwargs:
             msg = f"the Gaussian rule of {operation_name(operation)} takes known indices and no reduction"
             raise UnsupportedOp(msg)
@@ -212,6 +214,33 @@ def _predicate(operation: Callable[..., Tensor]) -> Callable[..., Tensor]:
 PREDICATES = ((torch.isnan, Tensor.isnan), (torch.isinf, Tensor.isinf), (torch.isfinite, Tensor.isfinite))
 for _operations in PREDICATES:
     rule(*_operations, knows_shared=True)(_predicate(_operations[0]))
+
+
+def _compared(operation: Callable[..., Any]) -> Callable[..., Any]:
+    def compared(input: Any, *args: Any, **kwargs: Any) -> Any:
+        """Truth values of entries whose variance is zero, as those of a mask made with zeros_like.
+
+        Raises:
+            MissingRule: an entry is random, and so would be the answer.
+        """
+        values = [input, *args]
+        looked_at = [v.var for v in values if isinstance(v, Moments) and v.var is not None]
+        if torch.compiler.is_compiling() or any(bool((var != 0).any()) for var in looked_at):
+            msg = f"{operation_name(operation)} asks for the values of a random tensor; its answer would be random"
+            raise MissingRule(msg)
+        return operation(*(v.mean if isinstance(v, Moments) else v for v in values), **kwargs)
+
+    compared.__name__ = operation.__name__
+    return compared
+
+
+COMPARISONS = (
+    (Tensor.bool,), (Tensor.long,), (Tensor.int,), (torch.eq, Tensor.eq, Tensor.__eq__),
+    (torch.ne, Tensor.ne, Tensor.__ne__), (torch.gt, Tensor.gt, Tensor.__gt__), (torch.ge, Tensor.ge, Tensor.__ge__),
+    (torch.lt, Tensor.lt, Tensor.__lt__), (torch.le, Tensor.le, Tensor.__le__),
+)  # fmt: skip
+for _operations in COMPARISONS:
+    rule(*_operations, knows_shared=True)(_compared(_operations[0]))
 
 
 def _created(operation: Callable[..., Tensor]) -> Callable[..., Any]:

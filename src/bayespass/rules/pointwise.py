@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from bayespass.approximation import Approximation
 from bayespass.errors import UnsupportedOp
-from bayespass.moments import Moments, _cast, apply, as_moments, total
+from bayespass.moments import Moments, apply, as_moments, cast, total
 from bayespass.rules.activation import FLOOR, Function, Matched, curve_rule, elementwise, normal_pdf, safe_sd, spellings
 from bayespass.rules.activation import quadrature as quadrature
 from bayespass.rules.registry import Accuracy, in_place
@@ -109,7 +109,7 @@ def clamp(input: Any, min: Any = None, max: Any = None, *, approximation: Approx
         input = input if min is None else maximum(input, min, approximation=approximation)
         return input if max is None else minimum(input, max, approximation=approximation)
     for bound in (min, max):
-        input = input if bound is None else _cast(input, torch.result_type(input.mean, bound))
+        input = input if bound is None else cast(input, torch.result_type(input.mean, bound))
     if min is not None and max is not None:
         min = min.clamp(max=max) if isinstance(min, Tensor) else min if min < max else max
 
@@ -230,7 +230,7 @@ def _extreme(a: Any, b: Any, sign: int, approximation: Approximation) -> Moments
         return clamp(random, *((known, None) if sign > 0 else (None, known)), approximation=approximation)
     dtype = torch.result_type(a.mean, b.mean)
     wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-    a, b = _cast(a, wide), _cast(b, wide)
+    a, b = cast(a, wide), cast(b, wide)
     gap, spread = sign * (a.mean - b.mean), a.var + b.var  # type: ignore[operator]
     sd = safe_sd(spread)
     alpha = _standard(gap, sd)
@@ -248,7 +248,7 @@ def _extreme(a: Any, b: Any, sign: int, approximation: Approximation) -> Moments
         ratio = ((common[0] + common[1]) / spread.clamp(min=FLOOR)).clamp(max=1)
         first = p.square() * common[0] + (1 - p).square() * common[1]
         shared = torch.minimum(first + rest * ratio.square(), var)
-    return _cast(Moments(b.mean + sign * excess, var, shared), dtype)
+    return cast(Moments(b.mean + sign * excess, var, shared), dtype)
 
 
 @curve_rule(*spellings("maximum", "fmax"), linear=Accuracy(1, 1.1))

@@ -9,7 +9,7 @@ Source: single_pass notes 3.1.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -177,7 +177,7 @@ def max_pool2d(
     1.0 and 1.1 linear. Source: Clark 1961; single_pass notes 3.1.
 
     Raises:
-        UnsupportedOp: indices of the maxima, which are random; or `ceil_mode` with matched moments.
+        UnsupportedOp: indices of the maxima, which are random.
     """
     if return_indices:
         msg = "no Gaussian rule for max_pool with return_indices=True: the indices of the maxima are random"
@@ -187,31 +187,35 @@ def max_pool2d(
         var, shared = (apply(lambda t: _pick(t.expand_as(input.mean), where), f) for f in (input.var, input.shared))
         return Moments(maxima, var, shared)
     kernel, strides = _pair(kernel_size), _pair(stride or kernel_size)
-    if ceil_mode:
-        floor = F.max_pool2d(input.mean, kernel_size, stride, padding, dilation).shape[-2:]
-        if F.max_pool2d(input.mean, kernel_size, stride, padding, dilation, True).shape[-2:] != floor:
-            msg = "no Gaussian rule for max_pool with ceil_mode=True where windows leave the image"
-            raise UnsupportedOp(msg)
-    return in_float32(lambda x: _windowed_maximum(x, kernel, strides, padding, dilation), input)
+    shape = F.max_pool2d(input.mean, kernel_size, stride, padding, dilation, ceil_mode).shape[-2:]
+    return in_float32(lambda x: _windowed_maximum(x, kernel, strides, padding, dilation, shape), input)
 
 
 def _pick(field: Tensor, where: Tensor) -> Tensor:
     return field.flatten(-2).gather(-1, where.flatten(-2)).reshape(where.shape)
 
 
-def _windowed_maximum(x: Moments, kernel: Any, stride: Any, padding: Size, dilation: Size) -> Moments:
+def _windowed_maximum(
+    x: Moments, kernel: Any, stride: Any, padding: Size, dilation: Size, shape: Sequence[int]
+) -> Moments:
     (kh, kw), (sh, sw), (ph, pw), (dh, dw) = kernel, stride, _pair(padding), _pair(dilation)
+    height, width = ((n - 1) * step + 1 for n, step in zip(shape, (sh, sw), strict=True))
+    bottom = max(0, height + dh * (kh - 1) - x.mean.shape[-2] - ph)  # more than the top with ceil_mode
+    right = max(0, width + dw * (kw - 1) - x.mean.shape[-1] - pw)
 
     def windows(t: Tensor) -> list[Tensor]:
-        t = F.pad(t, (pw, pw, ph, ph))
-        height, width = t.shape[-2] - dh * (kh - 1), t.shape[-1] - dw * (kw - 1)
+        t = F.pad(t, (pw, right, ph, bottom))
         starts = [(i * dh, j * dw) for i in range(kh) for j in range(kw)]
         return [t[..., y : y + height : sh, x : x + width : sw] for y, x in starts]
 
     assert x.var is not None
     means, variances = windows(x.mean), windows(x.var)
     common = [None] * len(means) if x.shared is None else windows(x.shared.expand_as(x.mean).sqrt())
-    inside = [w > 0 for w in windows(torch.ones_like(x.mean[..., :1, :, :]))] if ph or pw else [None] * len(means)
+    inside = (
+        [w > 0 for w in windows(torch.ones_like(x.mean[..., :1, :, :]))]
+        if ph or pw or bottom or right
+        else [None] * len(means)
+    )
     return largest(list(zip(means, variances, common, inside, strict=True)))
 
 

@@ -13,7 +13,7 @@ A rule is an ordinary function under the operation's own public signature. It re
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -21,9 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from bayespass.errors import InvalidInput, MissingRule, UnsupportedOp
-from bayespass.moments import Moments
+from bayespass.moments import Moments, cast
 
 Operation = Callable[..., Any]
+BlockRule = Callable[..., Any]
+Recogniser = Callable[[nn.Module], BlockRule | None]
 RuleFunction = TypeVar("RuleFunction", bound=Callable[..., Any])
 
 
@@ -63,6 +65,7 @@ class Rule:
     knows_shared: bool = False
     aliases: bool = False
     wants_approximation: bool = False
+    names: frozenset[str] = frozenset()
 
     def accuracy_under(self, approximation: Any) -> Accuracy:
         """The declared accuracy for this approximation."""
@@ -74,7 +77,7 @@ class Rule:
 _RULES: dict[Operation, Rule] = {}
 _IN_PLACE: dict[Operation, Operation] = {}
 _MODULE_RULES: dict[type[nn.Module], Callable[..., Any]] = {}
-_RECOGNISED: list[tuple[Callable[[nn.Module], bool], Callable[..., Any]]] = []
+_RECOGNISERS: list[Recogniser] = []
 
 
 def rule(
@@ -106,8 +109,9 @@ def rule(
         raise InvalidInput(msg)
 
     def register(function: RuleFunction) -> RuleFunction:
-        wants = "approximation" in inspect.signature(function).parameters
-        entry = Rule(function, operations, accuracy, depends_on, knows_shared, aliases, wants)
+        names = frozenset(inspect.signature(function).parameters)
+        wants = "approximation" in names
+        entry = Rule(function, operations, accuracy, depends_on, knows_shared, aliases, wants, names)
         _RULES.update(dict.fromkeys(operations, entry))
         return function
 
@@ -136,20 +140,15 @@ def module_rule(*classes: type[nn.Module]) -> Callable[[RuleFunction], RuleFunct
     return register
 
 
-def recognised_rule(recognise: Callable[[nn.Module], bool]) -> Callable[[RuleFunction], RuleFunction]:
-    """Register the decorated function as the rule of every block that is recognised by what it does.
+def recogniser(function: Recogniser) -> Recogniser:
+    """Register a function that looks at what a module does: its rule for the whole module, or None.
 
-    Args:
-        recognise: whether the rule answers for a module; it must not change it.
-
-    A rule of the module's class goes before. The function is called as a `module_rule` is.
+    It must not change the module, and a rule of the module's class goes before. The rule is called
+    as a `module_rule` is, with one tensor, and may return `NotImplemented` to have the module answered
+    operation by operation.
     """
-
-    def register(function: RuleFunction) -> RuleFunction:
-        _RECOGNISED.append((recognise, function))
-        return function
-
-    return register
+    _RECOGNISERS.append(function)
+    return function
 
 
 def rules() -> Mapping[Operation, Rule]:
@@ -167,7 +166,13 @@ def module_rule_for(module: nn.Module) -> Callable[..., Any] | None:
     for ancestor in type(module).__mro__:
         if ancestor in _MODULE_RULES:
             return _MODULE_RULES[ancestor]
-    return next((rule for recognise, rule in _RECOGNISED if recognise(module)), None)
+    found = (recognise(module) for recognise in _RECOGNISERS)
+    return next((rule for rule in found if rule is not None), None)
+
+
+def has_module_rule(module: nn.Module) -> bool:
+    """Whether the module's class, or a class it comes from, was registered with `module_rule`."""
+    return any(ancestor in _MODULE_RULES for ancestor in type(module).__mro__)
 
 
 def call_rule(operation: Callable[..., Any], args: list[Any], kwargs: dict[str, Any], approximation: Any) -> Any:
@@ -186,14 +191,17 @@ def call_rule(operation: Callable[..., Any], args: list[Any], kwargs: dict[str, 
     if not entry.knows_shared and any(_has_shared(value) for value in [*args, *kwargs.values()]):
         msg = f"the rule of {operation_name(operation)} does not carry shared variance and would drop it"
         raise UnsupportedOp(msg)
+    kwargs = {_spelling(name, entry): value for name, value in kwargs.items()}
     keywords = {**kwargs, "approximation": approximation} if entry.wants_approximation else kwargs
     half = None if entry.aliases else _half_precision([*args, *kwargs.values()])
     try:
         if half is None:
             return entry.call(*args, **keywords)
-        wide = entry.call(*_cast_all(args, torch.float32), **_cast_all(keywords, torch.float32))
+        wide_args, wide_keywords = _widened(args), _widened(keywords)
+        origins = {id(w.var): x.var for w, x in zip(_leaves([*wide_args, *wide_keywords.values()]),
+                   _leaves([*args, *keywords.values()]), strict=True) if isinstance(w, Moments)}  # fmt: skip
         asked = next((value for value in [*args, *kwargs.values()] if isinstance(value, torch.dtype)), half)
-        return _cast_all(wide, asked)
+        return _narrowed(entry.call(*wide_args, **wide_keywords), asked, origins)
     except TypeError as error:
         if error.__traceback__ is None or error.__traceback__.tb_next is not None:
             raise  # raised inside the rule, not by binding its arguments
@@ -244,21 +252,46 @@ def _leaves(values: Any) -> list[Any]:
     return [values] if isinstance(values, Moments | Tensor) else []
 
 
-def _cast_all(value: Any, dtype: torch.dtype) -> Any:
-    """Every floating-point tensor inside in the dtype; what leaves the range of float16 stays at its end."""
+def _widened(value: Any) -> Any:
+    """Every floating-point tensor inside in float32."""
     if isinstance(value, Moments):
-        fields = (
-            None if f is None else _cast_all(f, dtype) for f in (value.mean, value.var, value.shared, value.scores)
-        )
-        return Moments(*fields, source=value.source)  # type: ignore[arg-type]
-    if isinstance(value, Tensor) and value.is_floating_point():
+        return cast(value, torch.float32)
+    return _everywhere(_widened, value, torch.float32)
+
+
+def _narrowed(value: Any, dtype: torch.dtype, origins: dict[int, Any]) -> Any:
+    """Means and plain tensors in the dtype, what leaves its range at its end; variances stay in float32.
+
+    Variances of small activations are below the range of float16 and would vanish.
+    """
+    if isinstance(value, Moments):
+        source = value.source
+        if source is not None and id(source.var) in origins:  # the very tensor, which a product looks for
+            source = source._replace(var=origins[id(source.var)])
+        return replace(value, mean=_narrowed(value.mean, dtype, origins), source=source)
+    if isinstance(value, Tensor) and value.is_floating_point() and dtype == torch.float16:
         largest = torch.finfo(dtype).max
-        return (value.clamp(-largest, largest) if dtype == torch.float16 else value).to(dtype)
+        value = torch.where(value.isinf(), value, value.clamp(-largest, largest))
+    return _everywhere(lambda part: _narrowed(part, dtype, origins), value, dtype)
+
+
+def _everywhere(function: Callable[[Any], Any], value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.to(dtype)
     if isinstance(value, dict):
-        return {name: _cast_all(part, dtype) for name, part in value.items()}
+        return {name: function(part) for name, part in value.items()}
     if isinstance(value, list | tuple) and not isinstance(value, torch.Size):
-        return type(value)([_cast_all(part, dtype) for part in value])
+        return type(value)([function(part) for part in value])
     return value
+
+
+NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim", "x": "input"}
+
+
+def _spelling(name: str, entry: Rule) -> str:
+    """The rule's own name of an argument that was given in NumPy's spelling."""
+    other = NUMPY_NAMES.get(name)
+    return other if other in entry.names and name not in entry.names else name  # type: ignore[return-value]
 
 
 def _has_shared(value: Any) -> bool:
@@ -268,6 +301,8 @@ def _has_shared(value: Any) -> bool:
 
 
 def _describe(value: Any) -> str:
+    if isinstance(value, list | tuple) and value:
+        return f"{type(value).__name__} of {len(value)}: {_describe(value[0])}, ..."
     if isinstance(value, Moments):
         return f"Gaussian {tuple(value.mean.shape)} {value.mean.dtype}".replace("torch.", "")
     return f"Tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)[:40]
