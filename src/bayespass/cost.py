@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-FLOP_PER_BYTE = 4.0
+FLOP_PER_BYTE = 3.0
 """Time of moving a byte, in operations of a matrix product, fitted by `benchmarks/cost.py` on eager CPU
 runs; its result file says how far predictions are off. Overhead per call, which rules forwards of
 under a millisecond, is not counted."""
@@ -52,6 +52,11 @@ class Meter(TorchDispatchMode):
         name = func._schema.name.removeprefix("aten::")
         if name == "_scaled_dot_product_flash_attention_for_cpu":  # the one that the registry forgets
             self.flops += int(sdpa_flop_count(*(tensor.shape for tensor in args[:3])))
+        elif name == "mkldnn_rnn_layer":  # a whole layer: two products per step, its gates written, read and squashed
+            x, w_ih, w_hh = args[:3]
+            rows = x.shape[0] * x.shape[1]
+            self.flops += 2 * rows * (w_ih.numel() + w_hh.numel())
+            self.bytes += 3 * rows * w_ih.shape[0] * x.element_size()
         elif func.overloadpacket in flop_registry:
             self.flops += int(flop_registry[func.overloadpacket](*args, **kwargs, out_val=result))
         elif not func.is_view and name not in self.FREE:
