@@ -33,7 +33,7 @@ def test_a_model_of_the_zoo(entry):
             ratio = float((variance / truth).median())
             assert name == "streamlined" or BAND[0] < ratio < BAND[1], (name, ratio)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert type(model).forward is not model.__dict__.get("forward")
+    assert not [path for path, module in model.named_modules() if "forward" in vars(module)]  # taken only in the copy
 
 
 def test_the_shared_approximation_does_not_mix_the_rows_of_a_batch():

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from bayespass.approximation import Approximation
 from bayespass.errors import UnsupportedOp
-from bayespass.moments import Moments, Source, add, apply, as_moments, average, bilinear, scale
+from bayespass.moments import Moments, Source, add, apply, as_moments, average, bilinear, move, scale
 from bayespass.rules.attention import weighted_values
 from bayespass.rules.registry import refuse_out, rule
 from bayespass.rules.sharing import after_channels, between, broadcast_noise, weighted
@@ -78,9 +78,9 @@ def _convolution(operation: Callable[..., Tensor], spatial_dims: int) -> Callabl
         """
         x, w = as_moments(input), as_moments(plain_weight(weight))
         if x.mean.dim() == spatial_dims + 1:  # without a batch axis
-            lifted = Moments(*(None if f is None else f.expand_as(x.mean)[None] for f in (x.mean, x.var, x.shared)))  # type: ignore[arg-type]
+            lifted = move(torch.unsqueeze, x, 0)
             result = convolution(lifted, w, bias, stride, padding, dilation, groups, approximation=approximation)
-            return Moments(*(None if f is None else f[0] for f in (result.mean, result.var, result.shared)))  # type: ignore[arg-type]
+            return move(torch.squeeze, result, 0)
 
         def convolve(t: Tensor, kernel: Tensor) -> Tensor:
             return operation(t, kernel, None, stride, padding, dilation, groups)
@@ -158,7 +158,7 @@ def bilinear_map(input1: Any, input2: Any, weight: Any, bias: Any = None, *, app
         torch.einsum(order, known.mean, w.mean),
         apply(lambda v: torch.einsum(order, known.mean.square(), v), w.var),
     )
-    row = Moments(*(None if f is None else f.expand_as(other.mean)[..., None, :] for f in (other.mean, other.var)))  # type: ignore[arg-type]
+    row = move(torch.unsqueeze, Moments(other.mean, other.var), -2)
     product = bilinear(lambda s, t: (s * t).sum(-1), left, row)
     return _with_bias(product, bias, approximation)
 

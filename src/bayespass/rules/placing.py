@@ -5,6 +5,7 @@ is added adds it; these rules are exact for independent entries.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -94,8 +95,8 @@ def masked_fill(input: Any, mask: Tensor, value: Any) -> Moments:
     x = as_moments(input)
     if isinstance(value, Moments):
         return where(mask, value, x)
-    kept = fieldwise(lambda t: t.masked_fill(mask, 0), Moments(x.mean, x.var, x.shared))
-    return Moments(x.mean.masked_fill(mask, value), kept.var, kept.shared, scores=x.scores)
+    filled = carry(x.mean.masked_fill(mask, value), lambda t: t.expand_as(x.mean).masked_fill(mask, 0), x)
+    return replace(filled, scores=x.scores)
 
 
 @rule(F.pad, knows_shared=True)
