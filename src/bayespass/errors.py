@@ -3,6 +3,9 @@
 Every message follows one pattern: the invariant, what was received, where, and the remedy.
 """
 
+from math import isnan
+from typing import Any
+
 
 class BayespassError(Exception):
     """Base of every error that bayespass raises on purpose."""
@@ -41,3 +44,16 @@ class NotFitted(BayespassError, RuntimeError):
 
 class MissingExtra(BayespassError, ImportError):
     """A feature needs a package of an optional extra; the message says which to install."""
+
+
+def require_positive(**values: Any) -> None:
+    """Raise unless every value (or every value of a list) is positive; None passes.
+
+    Raises:
+        InvalidInput: one is not, by name.
+    """
+    for name, value in values.items():
+        for one in value if isinstance(value, list | tuple) else [value]:
+            if one is not None and not (one > 0 and not isnan(one)):
+                msg = f"{name} must be positive; got {one}"
+                raise InvalidInput(msg)

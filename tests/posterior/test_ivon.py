@@ -3,6 +3,8 @@ import io
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from problems import linear_regression
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -10,6 +12,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from bayespass import IVON, DiagonalGaussian, InvalidInput, NotFitted
 
 PROBLEM = linear_regression()
+GOLDEN_MEAN = [-1.0980363656581027, -0.9303284342466941, 1.0237838281995377]
+GOLDEN_VARIANCE = [0.005855190525016137, 0.005204006432234551, 0.005199121302986892]
 
 
 def method_for(model, **settings):
@@ -24,42 +28,6 @@ def run(model, method, steps, batch=None, generator=None):
         with method.sampled():
             PROBLEM.loss(model, rows).backward()
         method.step()
-
-
-def averaged_posterior(model, method, steps, every=20):
-    """Time average of precision and mean, which removes the noise of the single last step."""
-    precision = mean = 0.0
-    for count in range(1, steps // every + 1):
-        run(model, method, every)
-        now = method.posterior()
-        precision = precision + (1 / now.variance["weight"] - precision) / count
-        mean = mean + (now.mean["weight"] - mean) / count
-    return mean.squeeze(0), precision.squeeze(0)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.1])
-def test_recovers_the_mean_field_optimum_of_conjugate_regression(temperature):
-    """Reverse-KL mean field: the mean is exact and the precision is the diagonal of the true one.
-
-    One draw of the price has a relative sd of about sqrt(3); 20,000 of them leave 1.2 %.
-    """
-    model = PROBLEM.model()
-    method = method_for(model, temperature=temperature)
-    run(model, method, 3000)
-    mean, precision = averaged_posterior(model, method, 20_000)
-    truth = PROBLEM.precision.diagonal() / temperature
-    torch.testing.assert_close(precision / truth, torch.ones(5), rtol=0, atol=0.05)
-    assert float(((mean - PROBLEM.mean) * truth.sqrt()).abs().max()) < 0.1
-
-
-def test_minibatches_recover_it_too():
-    model, generator = PROBLEM.model(), torch.Generator().manual_seed(1)
-    method = method_for(model, betas=(0.9, 0.9995))
-    run(model, method, 3000, batch=100, generator=generator)
-    precision = (1 / method.posterior().variance["weight"]).squeeze(0)
-    ratio = precision / PROBLEM.precision.diagonal()
-    assert float(ratio.min()) > 0.85
-    assert float(ratio.max()) < 1.2
 
 
 def test_one_step_matches_the_equations_by_hand():
@@ -86,20 +54,58 @@ def test_one_step_matches_the_equations_by_hand():
     )
 
 
-def test_the_price_estimator_is_unbiased():
-    """lambda (h + delta) E[eps G] is the Hessian of the mean loss, X^T X / (N s^2) here."""
+@given(hessian=st.floats(-0.9, 1e6), price=st.floats(-1e8, 1e8), beta=st.floats(0, 0.99999), delta=st.floats(1.0, 10.0))
+def test_the_precision_never_halves(hessian, price, beta, delta):
+    """H_new = H (1 - u + u^2 / 2) >= H / 2 for any estimate, so the variance stays positive."""
+    parameter = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    settings = {"lr": 1e-9, "n_data": 1, "prior_precision": delta, "betas": (0.9, beta)}
+    method = IVON([("weight", parameter)], **settings)
+    state = method.state[parameter]
+    state["hessian"].fill_(hessian)
+    state["step"] += 1
+    before = hessian + delta
+    method._update(
+        method.param_groups[0], [parameter], [torch.zeros(1).double()], [torch.full((1,), price / before).double()]
+    )
+    assert float(state["hessian"]) + delta >= before / 2 * (1 - 1e-9)
+
+
+def test_golden_trajectory():
+    """Twenty steps with two draws each, frozen: any change of the update shows.
+
+    Over 50 steps with equal noise the update agreed with ivon-opt 0.1.3 to 4e-15, once, by hand.
+    """
+    problem = linear_regression(n=40, d=3, seed=5, dtype=torch.float64)
+    model = problem.model()
+    settings = {"hess_init": 5.0, "betas": (0.9, 0.99), "clip_radius": 0.5, "n_samples": 2, "seed": 3}
+    method = IVON(model.named_parameters(), lr=0.05, n_data=40, prior_precision=2.0, **settings)
+
+    def closure():
+        problem.loss(model).backward()
+
+    for _ in range(20):
+        method.step(closure)
+    mean, variance = (
+        model.weight.detach()[0],
+        1 / method.data_weight / (method.state[model.weight]["hessian"][0] + 0.05),
+    )
+    torch.testing.assert_close(mean, torch.tensor(GOLDEN_MEAN, dtype=torch.float64), rtol=1e-9, atol=0)
+    torch.testing.assert_close(variance, torch.tensor(GOLDEN_VARIANCE, dtype=torch.float64), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("setting", ["scratch", "fine_tuning", "lora"])
+def test_settings_for_a_situation(setting):
+    method = IVON.for_setting(setting, PROBLEM.model().named_parameters(), n_data=400, lr=0.2)
+    assert method.param_groups[0]["lr"] == 0.2
+    assert (method.info.temperature < 1) == (setting != "scratch")
+    with pytest.raises(InvalidInput, match="scratch"):
+        IVON.for_setting("pretraining", PROBLEM.model().named_parameters(), n_data=400)
+
+
+def test_a_warm_start_needs_adam():
     model = PROBLEM.model()
-    with torch.no_grad():
-        model.weight.copy_(PROBLEM.mean)  # where the gradient adds no noise of its own
-    method = method_for(model)
-    for _ in range(3000):
-        with method.sampled():
-            PROBLEM.loss(model).backward()
-    _, _, product = next(iter(method._drawn.values()))
-    n, delta = len(PROBLEM.inputs), PROBLEM.prior_precision / len(PROBLEM.inputs)
-    hessian = n * (5.0 + delta) * product.squeeze(0)
-    truth = PROBLEM.inputs.square().mean(0) / PROBLEM.sigma_noise**2
-    torch.testing.assert_close(hessian, truth, rtol=0.2, atol=0.3)
+    with pytest.raises(InvalidInput, match="Adam moments"):
+        method_for(model).warm_start(torch.optim.SGD(model.parameters(), lr=0.1), batch_size=4)
 
 
 def test_resumes_bit_for_bit():

@@ -8,29 +8,43 @@ log-likelihood of the batch:
     g  <- b1 g + (1 - b1) mean G
     f   = lambda (h + delta) mean(eps G)                 an unbiased estimate of the mean Hessian
     h  <- b2 h + (1 - b2) f + (1 - b2)^2 (h - f)^2 / (2 (h + delta))
-    u   = (g / (1 - b1^t) + delta m) / (h + delta)
+    u   = (g / (1 - b1^t) + delta (m - m0)) / (h + delta)
     m  <- m - A clip(u, -xi, xi),  A = lr (h0 + delta)   (or lr, with rescale_lr=False)
 
-and the posterior is N(m, 1 / (lambda (h + delta))), that is precision (N h + a0) / T.
+and the posterior is N(m, 1 / (lambda (h + delta))), that is precision (N h + a0) / T. The precision
+never shrinks below half of what it was in one step, so it stays positive whatever the estimates.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from bayespass.errors import InvalidInput, NotFitted
+from bayespass.errors import InvalidInput, require_positive
 from bayespass.likelihood import Likelihood
-from bayespass.posterior.base import PosteriorInfo, as_generator
+from bayespass.posterior.base import PosteriorInfo
 from bayespass.posterior.mean_field import DiagonalGaussian
+from bayespass.posterior.method import PriorMean, TrainingMethod
 
-STATE = ("momentum", "hessian")
+Setting = Literal["scratch", "fine_tuning", "lora"]
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "scratch": {"lr": 0.1, "hess_init": 0.5, "weight_decay": 2e-4, "cold": 1.0},
+    "fine_tuning": {"lr": 0.05, "hess_init": 0.01, "weight_decay": 1e-5, "cold": 1e3, "clip_radius": 1e-2},
+    "lora": {
+        "lr": 0.03,
+        "hess_init": 1e-3,
+        "weight_decay": 1e-6,
+        "cold": 1e3,
+        "clip_radius": 1e-3,
+        "rescale_lr": False,
+    },
+}
 
 
-class IVON(Optimizer):
+class IVON(TrainingMethod):
     """Optimizer whose state is a posterior.
 
         method = IVON(model.named_parameters(), lr=0.1, n_data=len(data))
@@ -44,24 +58,28 @@ class IVON(Optimizer):
         params: `model.named_parameters()`, or groups `{"params": [(name, p), ...], "lr": ...}`.
         lr: learning rate; with `rescale_lr` on the scale of SGD.
         n_data: N, the number of training points.
-        prior_precision: a0 of the prior N(0, 1/a0); the L2 term is part of the update.
+        prior_precision: a0 of the prior; the L2 term is part of the update.
         temperature: T; below 1 the posterior is colder than Bayes, precision (N h + a0) / T.
         hess_init: h0 > 0; sets the initial sd 1 / sqrt(N/T (h0 + a0/N)).
         betas: momentum and Hessian averaging; the second must average over about one epoch.
         clip_radius: xi, largest entry of the preconditioned update.
         rescale_lr: multiply the learning rate by (h0 + delta).
+        hess_approx: "price", unbiased for the mean Hessian, or "gradsq", batch_size times the squared
+            gradient: the empirical Fisher, biased by (batch_size - 1) times the squared mean gradient.
+        batch_size: rows per `sampled()` block, for "gradsq".
         seed: of the weight noise.
         likelihood: recorded in the posterior.
         sigma_noise: recorded in the posterior, for regression.
+        prior_mean: centre m0 of the prior: None for zero, "initial" for the present weights, or by name.
+        n_samples, antithetic, max_grad_norm, distributed: see `TrainingMethod`.
 
-    Several `sampled()` blocks before one `step()` average over several weight samples or
-    micro-batches. Each block starts from zero gradients and leaves none behind, and restores the
-    mean weights on every way out, errors included.
+    With one draw per step the correction term raises the stationary precision by a factor of about
+    1 + (1 - b2) / 2 (N / B + 2) for batches of B rows; an antithetic pair on one batch removes most of it.
 
     Raises:
         InvalidInput: parameters without names, or a value outside its range.
 
-    Source: arXiv 2402.17641; posterior notes 3.
+    Source: arXiv 2402.17641; temperature and prior as in docs/training.md.
     """
 
     def __init__(
@@ -75,16 +93,28 @@ class IVON(Optimizer):
         betas: tuple[float, float] = (0.9, 0.99999),
         clip_radius: float = float("inf"),
         rescale_lr: bool = True,
+        hess_approx: Literal["price", "gradsq"] = "price",
+        batch_size: int | None = None,
         seed: int = 0,
         likelihood: Likelihood = "classification",
-        sigma_noise: float | None = None,
+        sigma_noise: Any = None,
+        prior_mean: PriorMean = None,
+        n_samples: int = 1,
+        antithetic: bool = False,
+        max_grad_norm: float | None = None,
+        distributed: bool = False,
     ) -> None:
-        for name, value in {"lr": lr, "hess_init": hess_init, "clip_radius": clip_radius}.items():
-            if not value > 0:
-                msg = f"{name} must be positive; got {value}"
-                raise InvalidInput(msg)
+        require_positive(lr=lr, hess_init=hess_init, clip_radius=clip_radius, batch_size=batch_size)
         if not all(0 <= beta < 1 for beta in betas):
             msg = f"betas must lie in [0, 1); got {betas}"
+            raise InvalidInput(msg)
+        if hess_approx not in ("price", "gradsq"):
+            msg = f"hess_approx must be 'price' or 'gradsq'; got {hess_approx!r}"
+            raise InvalidInput(msg)
+        if hess_approx == "gradsq" and batch_size is None:
+            msg = (
+                "hess_approx='gradsq' needs batch_size: the squared gradient of a mean over B rows is B times too small"
+            )
             raise InvalidInput(msg)
         settings = {
             "lr": lr,
@@ -93,120 +123,122 @@ class IVON(Optimizer):
             "beta2": betas[1],
             "clip_radius": "inf" if clip_radius == float("inf") else clip_radius,
             "rescale_lr": rescale_lr,
+            "hess_approx": hess_approx,
+            "antithetic": antithetic,
             "seed": seed,
         }
-        self.info = PosteriorInfo(
+        info = PosteriorInfo(
             likelihood, int(n_data), float(prior_precision), float(temperature), sigma_noise, "ivon", settings
         )
-        defaults = {"lr": lr, "prior_precision": float(prior_precision), "hess_init": hess_init, "betas": betas}
-        super().__init__(params, {**defaults, "clip_radius": clip_radius, "rescale_lr": rescale_lr})
-        if any("param_names" not in group for group in self.param_groups):
-            msg = "IVON needs names for its posterior; pass model.named_parameters() or groups of (name, parameter)"
-            raise InvalidInput(msg)
-        self._data_weight = self.info.n_data / self.info.temperature  # lambda
-        self._generator = as_generator(seed)
-        self._inside = False
-        self._drawn: dict[Tensor, tuple[int, Tensor, Tensor]] = {}  # count, mean G, mean eps G
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                state = self.state[parameter]
-                state["step"] = torch.tensor(0.0)
-                state["momentum"] = torch.zeros_like(parameter, dtype=torch.float32)
-                state["hessian"] = torch.full_like(parameter, group["hess_init"], dtype=torch.float32)
+        self.hess_approx, self.batch_size = hess_approx, batch_size
+        defaults = {"lr": lr, "hess_init": hess_init, "betas": betas}
+        defaults |= {"clip_radius": clip_radius, "rescale_lr": rescale_lr}
+        super().__init__(params, info, defaults, prior_mean, n_samples, antithetic, max_grad_norm, seed, distributed)
 
-    def _delta(self, group: Mapping[str, Any]) -> float:
-        return group["prior_precision"] / self.info.n_data
-
-    def _variance(self, parameter: Tensor, group: Mapping[str, Any]) -> Tensor:
-        return 1 / (self._data_weight * (self.state[parameter]["hessian"] + self._delta(group)))
-
-    @contextmanager
-    def sampled(self) -> Iterator[None]:
-        """Weights drawn from the posterior inside, the mean weights outside.
-
-        Yields:
-            nothing; compute the loss and its gradients inside.
-
-        Raises:
-            NotFitted: one block inside another.
-        """
-        if self._inside:
-            msg = "sampled() blocks cannot be nested; leave one before entering the next"
-            raise NotFitted(msg)
-        self._inside = True
-        active = [(p, group) for group in self.param_groups for p in group["params"] if p.requires_grad]
-        means = [parameter.detach().clone() for parameter, _ in active]
-        noises = []
-        try:
-            with torch.no_grad():
-                for parameter, group in active:
-                    standard = torch.randn(parameter.shape, generator=self._generator, dtype=torch.float32)
-                    parameter.add_(standard.to(parameter.device) * self._variance(parameter, group).sqrt())
-                    parameter.grad = None
-            for (parameter, _), mean in zip(active, means, strict=True):
-                noises.append(parameter.detach() - mean)  # after rounding to the parameter's dtype
-            yield
-            self._accumulate([parameter for parameter, _ in active], noises)
-        finally:
-            with torch.no_grad():
-                for (parameter, _), mean in zip(active, means, strict=True):
-                    parameter.copy_(mean)
-                    parameter.grad = None
-            self._inside = False
-
-    def _accumulate(self, parameters: list[Tensor], noises: list[Tensor]) -> None:
-        for parameter, noise in zip(parameters, noises, strict=True):
-            if parameter.grad is None:
-                continue
-            gradient = parameter.grad.detach().float()
-            count, mean, product = self._drawn.get(parameter, (0, 0.0, 0.0))
-            count += 1
-            mean = mean + (gradient - mean) / count
-            product = product + (noise.float() * gradient - product) / count
-            self._drawn[parameter] = (count, mean, product)  # type: ignore[assignment]
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One update of mean and precision from the samples since the last step.
+    @classmethod
+    def for_setting(cls, setting: Setting, params: Iterable[Any], n_data: int, **changes: Any) -> "IVON":
+        """IVON with the settings that published runs agree on for a situation.
 
         Args:
-            closure: computes the loss and its gradients; called once, inside `sampled()`.
-
-        Returns:
-            the closure's value, if there is one.
+            setting: "scratch" (all weights, warm Bayes), "fine_tuning" (pretrained weights) or "lora".
+                The last two are cold: T = 1e-3, since published runs weigh the data 1e3 to 1e5 times;
+                starting points for a search over `lr` and `hess_init`, not the end of one.
+            params: `model.named_parameters()`.
+            n_data: N.
+            changes: any argument of the constructor.
 
         Raises:
-            NotFitted: no gradient was computed inside `sampled()` since the last step.
-        """
-        result = None
-        if closure is not None:
-            with torch.enable_grad(), self.sampled():
-                result = closure()
-        if not self._drawn:
-            msg = "no gradient to step on; run `with method.sampled(): loss.backward()` before method.step()"
-            raise NotFitted(msg)
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter in self._drawn:
-                    _, gradient, product = self._drawn[parameter]
-                    self._update(parameter, group, gradient, product)
-        self._drawn.clear()
-        return result
+            InvalidInput: an unknown setting.
 
-    def _update(self, parameter: Tensor, group: Mapping[str, Any], gradient: Tensor, product: Tensor) -> None:
-        state, delta, (beta1, beta2) = self.state[parameter], self._delta(group), group["betas"]
-        momentum, hessian = state["momentum"], state["hessian"]
-        state["step"] += 1
-        momentum.lerp_(gradient, 1 - beta1)
-        precision = hessian + delta
-        price = self._data_weight * precision * product
-        gap = hessian - price
-        hessian.add_(-(1 - beta2) * gap + 0.5 * (1 - beta2) ** 2 * gap.square() / precision)
-        debiased = momentum / (1 - beta1 ** int(state["step"]))
-        update = (debiased + delta * parameter) / (hessian + delta)
+        Source: settings of the runs in arXiv 2402.17641, 2411.04421 and 2411.18425.
+        """
+        if setting not in PRESETS:
+            msg = f"setting must be one of {', '.join(map(repr, PRESETS))}; got {setting!r}"
+            raise InvalidInput(msg)
+        preset = dict(PRESETS[setting])
+        weight_decay, cold = preset.pop("weight_decay"), preset.pop("cold")
+        settings = {"prior_precision": weight_decay * n_data, "temperature": 1 / cold, **preset}
+        return cls(params, n_data=n_data, **{**settings, **changes})
+
+    @torch.no_grad()
+    def warm_start(self, optimizer: Optimizer, batch_size: int) -> "IVON":
+        """Start from the running moments of an Adam or AdamW that trained the same parameters.
+
+        The mean squared gradient of batches of B rows is the empirical Fisher over B near an optimum,
+        so h starts at B times it, and the momentum where Adam's is.
+
+        Args:
+            optimizer: `torch.optim.Adam` or `AdamW` over the same parameters.
+            batch_size: B, rows per step of that optimizer.
+
+        Returns:
+            itself.
+
+        Raises:
+            InvalidInput: it has no moments for a parameter.
+        """
+        for parameter, group, name in self._active():
+            theirs = optimizer.state.get(parameter, {})
+            if "exp_avg_sq" not in theirs:
+                msg = f"the optimizer has no Adam moments for {name}; warm_start needs an Adam that trained it"
+                raise InvalidInput(msg)
+            betas = next(g["betas"] for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+            steps, state = float(theirs["step"]), self.state[parameter]
+            state["hessian"].copy_(theirs["exp_avg_sq"] * (batch_size / (1 - betas[1] ** steps)))
+            state["momentum"].copy_(theirs["exp_avg"] / (1 - betas[0] ** steps))
+            state["step"].fill_(steps)
+            state["momentum"].mul_(1 - group["betas"][0] ** steps)
+        return self
+
+    def _initial_state(self, mean: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+        return {"momentum": torch.zeros_like(mean), "hessian": torch.full_like(mean, group["hess_init"])}
+
+    def _sd(self, parameter: Tensor, group: Mapping[str, Any]) -> Tensor:
+        precision = self.state[parameter]["hessian"] + self._weight_decay(group)
+        return precision.mul_(self.data_weight).rsqrt_()
+
+    def _evidence(
+        self, parameter: Tensor, group: Mapping[str, Any], gradient: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if self.hess_approx == "gradsq":
+            return gradient, gradient.square()
+        return super()._evidence(parameter, group, gradient, noise)
+
+    def _update(
+        self, group: dict[str, Any], parameters: list[Tensor], first: list[Tensor], second: list[Tensor]
+    ) -> None:
+        beta1, beta2 = group["betas"]
+        delta, radius = self._weight_decay(group), group["clip_radius"]
+        states = [self.state[parameter] for parameter in parameters]
+        momentum, hessian = [s["momentum"] for s in states], [s["hessian"] for s in states]
+        torch._foreach_lerp_(momentum, first, 1 - beta1)
+
+        precision = torch._foreach_add(hessian, delta)
+        if self.hess_approx == "price":
+            torch._foreach_mul_(second, precision)
+            torch._foreach_mul_(second, self.data_weight)
+        else:
+            torch._foreach_mul_(second, float(self.batch_size or 1))
+        gap = torch._foreach_sub(hessian, second)  # h - f
+        torch._foreach_add_(hessian, gap, alpha=-(1 - beta2))
+        torch._foreach_mul_(gap, gap)
+        torch._foreach_div_(gap, precision)
+        torch._foreach_add_(hessian, gap, alpha=0.5 * (1 - beta2) ** 2)
+
+        update = torch._foreach_div(momentum, [1 - beta1 ** float(s["step"]) for s in states])
+        torch._foreach_add_(update, self._prior_pull(parameters), alpha=delta)
+        torch._foreach_div_(update, torch._foreach_add(hessian, delta))
+        if radius != float("inf"):
+            torch._foreach_clamp_min_(update, -radius)
+            torch._foreach_clamp_max_(update, radius)
         size = group["lr"] * (group["hess_init"] + delta if group["rescale_lr"] else 1.0)
-        radius = group["clip_radius"]
-        parameter.sub_((size * update.clamp(-radius, radius)).to(parameter.dtype))
+        torch._foreach_add_([self._mean(parameter) for parameter in parameters], update, alpha=-size)
+
+    def _posterior(
+        self, means: dict[str, Tensor], parameters: dict[str, tuple[Tensor, dict[str, Any]]]
+    ) -> DiagonalGaussian:
+        variance = {name: self._sd(*pair).square_().float() for name, pair in parameters.items()}
+        return DiagonalGaussian(means, variance, self.info)
 
     def posterior(self) -> DiagonalGaussian:
         """The posterior at this point: N(m, 1 / (N/T (h + a0/N))), in float32.
@@ -214,34 +246,4 @@ class IVON(Optimizer):
         Raises:
             NotFitted: asked for inside `sampled()`, where the weights are a draw and not the mean.
         """
-        if self._inside:
-            msg = "posterior() inside sampled() would take a draw for the mean; call it outside"
-            raise NotFitted(msg)
-        mean, variance = {}, {}
-        for group in self.param_groups:
-            for name, parameter in zip(group["param_names"], group["params"], strict=True):
-                if not parameter.requires_grad:
-                    continue  # frozen weights are deterministic
-                mean[name] = parameter.detach().float().clone()
-                variance[name] = self._variance(parameter, group)
-        return DiagonalGaussian(mean, variance, self.info)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The optimizer's state with step counts and the noise generator: resuming is exact."""
-        return {**super().state_dict(), "generator": self._generator.get_state()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a state, bit for bit; moments stay in float32.
-
-        Args:
-            state_dict: what `state_dict` returned.
-        """
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != "generator"})
-        ordered = [parameter for group in self.param_groups for parameter in group["params"]]
-        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-        for parameter, index in zip(ordered, indices, strict=True):
-            for key in STATE:  # the base class casts state to the parameter's dtype, which may be half
-                exact = state_dict["state"][index][key]
-                self.state[parameter][key] = exact.to(parameter.device, torch.float32).clone()
-        self._generator.set_state(state_dict["generator"].cpu())
-        self._drawn.clear()
+        return super().posterior()  # type: ignore[return-value]

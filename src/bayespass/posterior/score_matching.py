@@ -1,0 +1,339 @@
+"""Score-based variational inference with a proximal term: the closed form.
+
+Around the present q_t = N(m_t, v_t) every step minimises a score-matching loss plus a penalty on
+the change of q, with samples theta = m_t + sigma_t eps that no gradient flows through:
+
+    1/2 E_{q_t} || v_t^(1/2) (grad log q(theta) - s(theta)) ||^2  +  1 / (4 eta) KL(q_t || q)
+
+where s is the minibatch score of the tempered posterior, -(N/T) grad lbar - (a0/T) (theta - m0). With
+gbar = E[s] and ghat = -E[s (theta - m_t)], the curvature in units of the present precision p_t, the
+minimiser is, entry by entry,
+
+    Delta = 2 eta v_t gbar / (1 + 2 eta r),   m <- m_t + Delta
+    r     = (b + sqrt(b^2 + 16 eta)) / (8 eta),   b = 4 eta ghat - 1 + D,   p <- r p_t
+
+with D = Delta^2 / v_t (coupled, the exact minimiser) or 0 (decoupled: the mean's own step does not
+count as evidence of curvature). r is positive for any curvature estimate, however noisy or negative.
+Stationary points are those of the ELBO: E[s] = 0 and p_i = -E[d_i^2 log pi]. Not letting gradients
+flow through the samples is what makes them so: the Fisher divergence itself gives variances that are
+far too small.
+
+Source: Kim 2026 (arXiv 2602.05873) for the objective; its closed form and bias laws are derived here.
+"""
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from bayespass.errors import InvalidInput, require_positive
+from bayespass.likelihood import Likelihood
+from bayespass.posterior.base import Posterior, PosteriorInfo
+from bayespass.posterior.draws import average
+from bayespass.posterior.kronecker import KroneckerGaussian
+from bayespass.posterior.mean_field import DiagonalGaussian
+from bayespass.posterior.method import PriorMean, TrainingMethod
+
+SWEEPS = 4  # of the coupled fixed point
+GRAM_HORIZON = 1000  # draws that the gradients' covariance averages over
+FAR = 10.0  # pulls beyond this many standard deviations of minibatch noise are no noise
+
+
+class ScoreVI(TrainingMethod):
+    """Score matching with a proximal term, one closed-form update per step.
+
+        method = ScoreVI(model.named_parameters(), lr=0.05, n_data=len(data), batch_size=100)
+        for inputs, targets in loader:
+            with method.sampled():
+                loss(model(inputs), targets).backward()      # the mean over the batch, no L2 term
+            method.step()
+        posterior = method.posterior()
+
+    Start from trained weights: it is a natural-gradient step and keeps two vectors, mean and precision.
+
+    Args:
+        params: `model.named_parameters()`, or groups `{"params": [(name, p), ...], "lr": ...}`.
+        lr: eta of the mean; a small one moves the mean by 2 eta of a Newton step.
+        n_data: N, the number of training points.
+        prior_precision: a0 of the prior.
+        temperature: T, tempers likelihood and prior alike.
+        precision_lr: eta of the precision, whose averaging horizon is 1 / (4 eta) steps; it stays where
+            it is when a scheduler changes lr.
+        init_sd: initial standard deviation; None takes a hundredth of the weights' root mean square,
+            tensor by tensor.
+        coupled: solve for mean and precision together, with one eta, `lr`. Minibatch noise in the mean's
+            step then counts as curvature: v is too small by 1 + eta N / B for batches of B rows.
+        momentum: of the score; 0 keeps no third vector.
+        hessian_structure: "diag", or "kron": diagonal in an orthogonal basis per weight matrix that
+            follows the gradients' row and column covariance.
+        basis_every: steps between two refreshes of that basis.
+        max_basis: sides longer than this keep the standard basis.
+        batch_size: B, rows per batch; sharpens the warnings, needed by `coupled`.
+        seed: of the weight noise.
+        likelihood: recorded in the posterior.
+        sigma_noise: recorded in the posterior, for regression.
+        prior_mean: centre m0 of the prior: None for zero, "initial" for the present weights, or by name.
+        n_samples, antithetic, max_grad_norm, distributed: see `TrainingMethod`. Pairs on one batch cut
+            the noise of the curvature several times.
+
+    Take a fresh batch for every step: curvature from reused noise shrinks the variance.
+
+    Raises:
+        InvalidInput: parameters without names, or a value outside its range.
+
+    Warns:
+        UserWarning: a rate that breaks the bias rules (eta N / B <= 0.02 coupled, eta <= 0.005
+            decoupled), or a start so far from the optimum that the variance would collapse.
+
+    Source: arXiv 2602.05873; docs/training.md.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        n_data: int,
+        prior_precision: float = 1.0,
+        temperature: float = 1.0,
+        precision_lr: float = 2.5e-4,
+        init_sd: float | None = None,
+        coupled: bool = False,
+        momentum: float = 0.0,
+        hessian_structure: Literal["diag", "kron"] = "diag",
+        basis_every: int = 10,
+        max_basis: int = 2048,
+        batch_size: int | None = None,
+        seed: int = 0,
+        likelihood: Likelihood = "classification",
+        sigma_noise: Any = None,
+        prior_mean: PriorMean = None,
+        n_samples: int = 1,
+        antithetic: bool = False,
+        max_grad_norm: float | None = None,
+        distributed: bool = False,
+    ) -> None:
+        require_positive(lr=lr, precision_lr=precision_lr, init_sd=init_sd, batch_size=batch_size)
+        require_positive(basis_every=basis_every, max_basis=max_basis)
+        if not 0 <= momentum < 1:
+            msg = f"momentum must lie in [0, 1); got {momentum}"
+            raise InvalidInput(msg)
+        if hessian_structure not in ("diag", "kron"):
+            msg = f"hessian_structure must be 'diag' or 'kron'; got {hessian_structure!r}"
+            raise InvalidInput(msg)
+        if coupled and batch_size is None:
+            msg = "coupled=True needs batch_size, the rows per batch: its bias is eta N / B"
+            raise InvalidInput(msg)
+        self.coupled, self.momentum, self.batch_size = coupled, momentum, batch_size
+        self.hessian_structure, self.basis_every, self.max_basis = hessian_structure, basis_every, max_basis
+        settings = {
+            "lr": lr,
+            "precision_lr": lr if coupled else precision_lr,
+            "coupled": coupled,
+            "momentum": momentum,
+            "hessian_structure": hessian_structure,
+            "antithetic": antithetic,
+            "seed": seed,
+        }
+        info = PosteriorInfo(
+            likelihood, int(n_data), float(prior_precision), float(temperature), sigma_noise, "score_vi", settings
+        )
+        self._check_bias(info, lr, precision_lr)
+        self._checked_start = False
+        defaults = {"lr": lr, "precision_lr": precision_lr, "init_sd": init_sd}
+        super().__init__(params, info, defaults, prior_mean, n_samples, antithetic, max_grad_norm, seed, distributed)
+
+    def _check_bias(self, info: PosteriorInfo, lr: float, precision_lr: float) -> None:
+        if self.batch_size is not None and self.batch_size >= info.n_data:
+            return
+        if self.coupled:
+            bias = lr * info.n_data / (self.batch_size or info.n_data)
+            if bias > 0.02:
+                msg = (
+                    f"coupled score-based VI makes variances too small by 1 + lr N / batch_size = {1 + bias:.3f}; "
+                    f"lower lr, use larger batches or coupled=False"
+                )
+                warnings.warn(msg, UserWarning, stacklevel=3)
+        elif precision_lr > 0.005:
+            msg = f"precision_lr = {precision_lr} biases the variance by several percent on minibatches; use <= 0.005"
+            warnings.warn(msg, UserWarning, stacklevel=3)
+
+    def _initial_state(self, mean: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+        sd = group["init_sd"] if group["init_sd"] is not None else initial_sd(mean)
+        state = {"precision": torch.full_like(mean, sd**-2)}
+        if self.momentum:
+            state["momentum"] = torch.zeros_like(mean)
+        if self.hessian_structure == "kron" and mean.dim() > 1:
+            rows, columns = mean.shape[0], mean[0].numel()
+            for side, size in (("left", rows), ("right", columns)):
+                if size <= self.max_basis:
+                    state[side] = torch.eye(size, dtype=mean.dtype, device=mean.device)
+                    state[f"{side}_gram"] = torch.zeros_like(state[side])
+        return state
+
+    def _sd(self, parameter: Tensor, group: Mapping[str, Any]) -> Tensor:
+        del group
+        precision = self.state[parameter]["precision"]
+        state = self.state[parameter]
+        if "left" in state or "right" in state:
+            return marginal(state, precision.reciprocal()).sqrt_()
+        return precision.rsqrt()
+
+    def _displacement(self, parameter: Tensor, group: Mapping[str, Any], standard: Tensor) -> Tensor:
+        del group
+        state = self.state[parameter]
+        return from_basis(state, standard.mul_(state["precision"].rsqrt()))
+
+    def _evidence(
+        self, parameter: Tensor, group: Mapping[str, Any], gradient: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        state = self.state[parameter]
+        matrix = gradient.flatten(1) if gradient.dim() > 1 else gradient
+        rate = 1 / min(self._draws, GRAM_HORIZON)
+        if "left" in state:  # per draw: in the average of an antithetic pair the curvature's share cancels
+            state["left_gram"].lerp_(matrix @ matrix.T, rate)
+        if "right" in state:
+            state["right_gram"].lerp_(matrix.T @ matrix, rate)
+        # The prior's pull at the mean has no curvature, but at the optimum it cancels the data's: less noise.
+        gradient = gradient.add(self._prior_pull([parameter])[0], alpha=self._weight_decay(group))
+        return gradient, to_basis(state, noise).mul_(to_basis(state, gradient))
+
+    def _update(
+        self, group: dict[str, Any], parameters: list[Tensor], first: list[Tensor], second: list[Tensor]
+    ) -> None:
+        if not self._checked_start:
+            self._check_start(group, parameters, first)
+        states = [self.state[parameter] for parameter in parameters]
+        scores = torch._foreach_mul(first, -self.data_weight)
+        if self.momentum:
+            averaged = [state["momentum"] for state in states]
+            torch._foreach_lerp_(averaged, scores, 1 - self.momentum)
+            corrections = [1 - self.momentum ** float(state["step"]) for state in states]
+            scores = torch._foreach_div(averaged, corrections)
+        for parameter, state, score, product in zip(parameters, states, scores, second, strict=True):
+            variance = state["precision"].reciprocal()
+            curvature = product.mul_(self.data_weight)
+            curvature.add_(
+                variance, alpha=group["prior_precision"] / self.info.temperature
+            )  # the prior's part is known
+            moved, ratio = closed_form(
+                to_basis(state, score), curvature, variance, group["lr"], group["precision_lr"], coupled=self.coupled
+            )
+            self._mean(parameter).add_(from_basis(state, moved))
+            state["precision"].mul_(ratio)
+            if ("left" in state or "right" in state) and int(state["step"]) % self.basis_every == 0:
+                self._refresh_basis(state)
+
+    def _check_start(self, group: Mapping[str, Any], parameters: list[Tensor], first: list[Tensor]) -> None:
+        self._checked_start = True
+        pulls = [
+            (self._sd(p, group) * g * self.data_weight).square().sum() for p, g in zip(parameters, first, strict=True)
+        ]
+        pull = math.sqrt(float(torch.stack(pulls).sum()) / sum(p.numel() for p in parameters))
+        if pull > FAR * math.sqrt(self.data_weight / (self.batch_size or 1)):
+            msg = (
+                f"the weights start far from the optimum: the data pull them by {pull:.0f} standard deviations, and "
+                f"the variance may collapse on the way; train them first, or choose a smaller init_sd"
+            )
+            warnings.warn(msg, UserWarning, stacklevel=4)
+
+    def _refresh_basis(self, state: dict[str, Tensor]) -> None:
+        """Turn the basis to the gradients' row and column covariance and re-express the precision in it."""
+        precision = state["precision"].flatten(1)
+        for side in ("left", "right"):
+            if side not in state:
+                continue
+            if self.distributed:
+                average(state[f"{side}_gram"])
+            basis = torch.linalg.eigh(state[f"{side}_gram"]).eigenvectors
+            turn = (basis.T @ state[side]).square_()
+            precision = turn @ precision if side == "left" else precision @ turn.T
+            state[side].copy_(basis)
+        state["precision"].copy_(precision.view_as(state["precision"]))
+
+    def _posterior(self, means: dict[str, Tensor], parameters: dict[str, tuple[Tensor, dict[str, Any]]]) -> Posterior:
+        states = {name: self.state[parameter] for name, (parameter, _) in parameters.items()}
+        variance = {name: state["precision"].reciprocal().float() for name, state in states.items()}
+        if self.hessian_structure == "diag":
+            return DiagonalGaussian(means, variance, self.info)
+        left = {name: state["left"].float() for name, state in states.items() if "left" in state}
+        right = {name: state["right"].float() for name, state in states.items() if "right" in state}
+        return KroneckerGaussian(means, variance, left, right, self.info)
+
+
+def closed_form(
+    score: Tensor, curvature: Tensor, variance: Tensor, lr: float, precision_lr: float, *, coupled: bool
+) -> tuple[Tensor, Tensor]:
+    """The minimiser of score matching plus proximal term for a diagonal Gaussian.
+
+    Args:
+        score: gbar, mean score of the samples.
+        curvature: ghat = -E[score (theta - m)], 1 where the precision fits.
+        variance: of the present q.
+        lr: eta of the mean, and of the precision too if coupled.
+        precision_lr: eta of the precision, if decoupled.
+        coupled: solve for both together.
+
+    Returns:
+        the step of the mean, and the positive factor of the precision.
+    """
+    pull = 2 * lr * variance * score
+    if not coupled:
+        ratio = precision_ratio(curvature, precision_lr)
+        return pull / (1 + 2 * lr * ratio), ratio
+    ratio = torch.ones_like(variance)
+    for _ in range(SWEEPS):
+        moved = pull / (1 + 2 * lr * ratio)
+        ratio = precision_ratio(curvature + moved.square() / (variance * 4 * lr), lr)
+    return pull / (1 + 2 * lr * ratio), ratio
+
+
+def precision_ratio(curvature: Tensor, eta: float) -> Tensor:
+    """r > 0 with 4 eta r^2 - b r - 1 = 0, b = 4 eta curvature - 1; exactly 1 at curvature 1.
+
+    Near 1 it is solved for r - 1, which a tiny eta would drown in rounding; elsewhere in the form
+    whose terms do not cancel.
+    """
+    gap = 4 * eta * (curvature - 1)
+    b = gap + (4 * eta - 1)
+    root = (b.square() + 16 * eta).sqrt()
+    near = 1 + 2 * gap / (1 + 4 * eta - gap + root)
+    far = torch.where(b < 0, 2 / (root - b), (root + b) / (8 * eta))
+    return torch.where(gap.abs() < 0.5, near, far)
+
+
+def initial_sd(mean: Tensor) -> float:
+    """A hundredth of the root mean square of the weights, at least 1e-4."""
+    if mean.numel() == 0:
+        return 1e-4
+    return max(1e-2 * float(mean.square().mean().sqrt()), 1e-4)
+
+
+def to_basis(state: Mapping[str, Tensor], value: Tensor) -> Tensor:
+    """Q_L^T value Q_R, of the value's shape."""
+    if "left" not in state and "right" not in state:
+        return value
+    matrix = value.flatten(1)
+    matrix = state["left"].T @ matrix if "left" in state else matrix
+    matrix = matrix @ state["right"] if "right" in state else matrix
+    return matrix.view_as(value)
+
+
+def from_basis(state: Mapping[str, Tensor], value: Tensor) -> Tensor:
+    """Q_L value Q_R^T, of the value's shape."""
+    if "left" not in state and "right" not in state:
+        return value
+    matrix = value.flatten(1)
+    matrix = state["left"] @ matrix if "left" in state else matrix
+    matrix = matrix @ state["right"].T if "right" in state else matrix
+    return matrix.view_as(value)
+
+
+def marginal(state: Mapping[str, Tensor], variance: Tensor) -> Tensor:
+    """Marginal variances in the standard basis of variances in the state's own."""
+    matrix = variance.flatten(1)
+    matrix = state["left"].square() @ matrix if "left" in state else matrix
+    matrix = matrix @ state["right"].square().T if "right" in state else matrix
+    return matrix.reshape(variance.shape)
