@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bayespass.errors import InvalidInput, InvalidPosteriorFile, PosteriorMismatch
-from bayespass.likelihood import Likelihood, check_likelihood
+from bayespass.likelihood import Likelihood, SigmaNoise, check_likelihood
 from bayespass.posterior import store
 from bayespass.version import __version__
 
@@ -29,7 +29,8 @@ class PosteriorInfo:
         n_data: number of training points N.
         prior_precision: a0 of the prior N(0, 1/a0), or of the prior around `prior_mean`.
         temperature: T, tempers likelihood and prior alike: precision (N h + a0) / T.
-        sigma_noise: sd of the observation noise, for regression.
+        sigma_noise: sd of the observation noise, or "predicted" where the network outputs (mean, log
+            variance), for regression.
         method: the method that made it.
         settings: its hyper-parameters, numbers and words only.
 
@@ -41,7 +42,7 @@ class PosteriorInfo:
     n_data: int = 1
     prior_precision: float = 1.0
     temperature: float = 1.0
-    sigma_noise: float | None = None
+    sigma_noise: SigmaNoise | None = None
     method: str = "unknown"
     settings: Mapping[str, float | int | str | bool | None] = field(default_factory=dict)
 
@@ -97,6 +98,21 @@ class Posterior(ABC):
     def _from_tensors(cls, tensors: Mapping[str, Tensor], names: list[str], info: PosteriorInfo) -> "Posterior":
         """The reverse of `_tensors`."""
 
+    def _structure(self) -> dict[str, Any]:
+        """What a file needs to know besides the tensors, as JSON; nothing by default."""
+        return {}
+
+    @classmethod
+    def _from_file(
+        cls,
+        tensors: Mapping[str, Tensor],
+        names: list[str],
+        info: PosteriorInfo,
+        structure: Mapping[str, Any],  # noqa: ARG003
+    ) -> "Posterior":
+        """The reverse of `_tensors` and `_structure`."""
+        return cls._from_tensors(tensors, names, info)
+
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the random parameters."""
@@ -132,6 +148,8 @@ class Posterior(ABC):
             "info": asdict(self.info),
             "bayespass_version": __version__,
         }
+        if structure := self._structure():
+            manifest["structure"] = structure
         if scales is not None:
             manifest["scales"] = {"approximation": getattr(scales, "approximation", None), "factors": dict(scales)}
         store.write(path, self._tensors(), manifest)
@@ -152,7 +170,7 @@ class Posterior(ABC):
             raise InvalidPosteriorFile(msg)
         try:
             info = PosteriorInfo(**manifest["info"])
-            posterior = kind._from_tensors(tensors, list(manifest["names"]), info)
+            posterior = kind._from_file(tensors, list(manifest["names"]), info, manifest.get("structure", {}))
         except (KeyError, TypeError, InvalidInput) as error:
             msg = f"{path} is damaged: its manifest or tensors are not those of a posterior ({error}). Save it again"
             raise InvalidPosteriorFile(msg) from error
@@ -202,6 +220,18 @@ def as_generator(seed: torch.Generator | int, device: torch.device | str = "cpu"
     if isinstance(seed, torch.Generator):
         return seed
     return torch.Generator(device).manual_seed(seed)
+
+
+def require_values(names: Iterable[str], values: Mapping[str, Tensor]) -> None:
+    """Raise unless there is a value for every random parameter.
+
+    Raises:
+        InvalidInput: one is missing.
+    """
+    missing = [name for name in names if name not in values]
+    if missing:
+        msg = f"a value for every random parameter is needed; missing {', '.join(missing[:3])}"
+        raise InvalidInput(msg)
 
 
 def choose_names(available: Iterable[str], names: "Iterable[str] | Callable[[str], bool]") -> list[str]:

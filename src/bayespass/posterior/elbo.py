@@ -83,11 +83,20 @@ class GradientMethod(TrainingMethod):
     def _adam(self, group: dict[str, Any], parameters: list[Tensor], first: list[Tensor], second: list[Tensor]) -> None:
         """One step of Adam on the means and on the log standard deviations."""
         states = [self.state[parameter] for parameter in parameters]
+        means = [self._mean(parameter) for parameter in parameters]
+        self._adam_on(group, states, means, [state["log_sd"] for state in states], first, second)
+
+    def _adam_on(
+        self,
+        group: dict[str, Any],
+        states: list[dict[str, Tensor]],
+        means: list[Tensor],
+        log_sds: list[Tensor],
+        first: list[Tensor],
+        second: list[Tensor],
+    ) -> None:
         sd_rate = group["lr"] * group["sd_lr_ratio"]
-        for targets, gradients, prefix, rate in (
-            ([self._mean(parameter) for parameter in parameters], first, "", group["lr"]),
-            ([state["log_sd"] for state in states], second, "sd_", sd_rate),
-        ):
+        for targets, gradients, prefix, rate in ((means, first, "", group["lr"]), (log_sds, second, "sd_", sd_rate)):
             adam(
                 targets,
                 gradients,
