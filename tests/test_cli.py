@@ -62,7 +62,7 @@ def test_help_names_the_commands(folder):
     assert "compare" in result.stdout
     assert "inspect" in result.stdout
     assert "bayespass demo" in result.stdout
-    for command in ("demo", "compare", "inspect"):
+    for command in ("demo", "compare", "inspect", "fit"):
         assert run(command, "--help", cwd=folder).returncode == 0
 
 

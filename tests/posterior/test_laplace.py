@@ -292,7 +292,7 @@ def test_mistakes_name_themselves():
     with pytest.raises(InvalidInput, match="curvature"):
         Laplace(model, curvature="hessian").fit([(inputs, labels)])
     with pytest.raises(InvalidInput, match="hessian_structure"):
-        Laplace(model, hessian_structure="kron")
+        Laplace(model, hessian_structure="block")
     with pytest.raises(InvalidInput, match="training mode"):
         Laplace(small_classifier()[0].train())
     with torch.no_grad():

@@ -6,6 +6,7 @@ import typer
 
 from bayespass.cli.compare import compare_command
 from bayespass.cli.demo import demo_command
+from bayespass.cli.fit import fit_command
 from bayespass.cli.inspect import inspect_command
 from bayespass.errors import BayespassError
 
@@ -18,6 +19,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo_command)
 app.command("inspect")(inspect_command)
+app.command("fit")(fit_command)
 app.command("compare")(compare_command)
 
 

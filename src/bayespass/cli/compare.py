@@ -1,15 +1,40 @@
 """`bayespass compare`: predictors of one posterior on one data set, in one run."""
 
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bayespass.cli.models import Model, Weights, build_model
 from bayespass.errors import InvalidInput
 
+if TYPE_CHECKING:
+    from torch import nn
+
+    from bayespass.likelihood import Likelihood
+
 PosteriorFile = Annotated[Path, typer.Argument(help="Posterior file written by posterior.save(...).")]
-Data = Annotated[Path, typer.Argument(help="npz file with the arrays `inputs` and `targets`.")]
+Data = Annotated[
+    Path,
+    typer.Argument(
+        help="npz file with the arrays `inputs` (or the arguments of forward by name) and `targets`; with --recipe "
+        "also csv, parquet or a folder of images."
+    ),
+]
+RecipeFile = Annotated[
+    Path | None, typer.Option("--recipe", help="data.json that `bayespass fit` wrote: DATA is read as its data were.")
+]
+
+
+class Rows(StrEnum):
+    """Which rows of DATA."""
+
+    ALL = "all"
+    VALIDATION = "validation"
+
+
+RowsOption = Annotated[Rows, typer.Option("--rows", help="validation: only rows that `bayespass fit` held out.")]
 Predictors = Annotated[
     str, typer.Option(help="Comma-separated: map, mcS, streamlined, cvp, shared, or NAME_uncalibrated.")
 ]
@@ -31,6 +56,8 @@ def compare_command(
     output: Output = None,
     seed: Seed = 0,
     quiet: Quiet = False,
+    recipe: RecipeFile = None,
+    rows: RowsOption = Rows.ALL,
 ) -> None:
     """Compare predictors of one posterior: quality, faithfulness to Monte Carlo, and cost.
 
@@ -49,37 +76,37 @@ def compare_command(
     saved = load_scales(posterior)
     scales = {} if saved is None else {saved.approximation: saved}
     names = tuple(name.strip() for name in predictors.split(",") if name.strip())
-    result = compare(
-        network, distribution, read_npz(data, batch_size), names, scales, reference, seed=seed, progress=not quiet
-    )
+    kind = distribution.info.likelihood
+    batches = _batches(data, recipe, rows, network, Path(model) if Path(model).is_dir() else None, kind, batch_size)
+    result = compare(network, distribution, batches, names, scales, reference, seed=seed, progress=not quiet)
     console = Console(width=None if Console().is_terminal else TABLE_WIDTH)
     console.print(comparison_table(result, f"{model} on {data}", console.width))
     if output is not None:
         write_json(output, {"rows": comparison_rows(result), "gap": result.gap, "gap_interval": result.gap_interval})
 
 
-def read_npz(path: Path, batch_size: int) -> list[tuple[Any, Any]]:
-    """Batches of the arrays `inputs` and `targets`; nothing in the file is unpickled.
+def _batches(
+    data: Path,
+    recipe: Path | None,
+    rows: Rows,
+    network: "nn.Module",
+    folder: Path | None,
+    likelihood: "Likelihood",
+    batch_size: int,
+) -> list[tuple[Any, Any]]:
+    """The rows of DATA as batches.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        InvalidInput: it is no npz file, or an array is missing, empty or of another length.
+        InvalidInput: a table, images or --rows validation without --recipe.
     """
-    import zipfile
+    from bayespass.cli.data import TABLES, Recipe, held_out_rows, prepared, read_data
 
-    import numpy as np
-    import torch
-
-    if not path.is_file():
-        msg = f"no data file at {path}"
-        raise FileNotFoundError(msg)
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            inputs, targets = torch.from_numpy(arrays["inputs"]), torch.from_numpy(arrays["targets"])
-    except (KeyError, ValueError, TypeError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        msg = f"{path} must be an npz file with the numeric arrays 'inputs' and 'targets' ({error})"
-        raise InvalidInput(msg) from error
-    if len(inputs) == 0 or len(inputs) != len(targets):
-        msg = f"{path}: 'inputs' and 'targets' must be equally long and not empty; got {len(inputs)} and {len(targets)}"
+    if recipe is None and (rows == Rows.VALIDATION or data.is_dir() or data.suffix.lower() in TABLES):
+        what = "--rows validation" if rows == Rows.VALIDATION else f"reading {data}"
+        msg = f"{what} needs --recipe, the data.json that `bayespass fit` wrote"
         raise InvalidInput(msg)
-    return list(zip(inputs.split(batch_size), targets.split(batch_size), strict=True))
+    how = Recipe(likelihood) if recipe is None else Recipe.load(recipe)
+    read, how = read_data(data, how, network, folder)
+    if rows == Rows.VALIDATION:
+        read = held_out_rows(data, read, how)
+    return prepared(read, how, network).batches(batch_size)

@@ -2,7 +2,8 @@
 
 For a categorical likelihood the generalised Gauss-Newton matrix equals the Fisher matrix, so its
 diagonal is sum_n sum_c p(c | x_n) (d log p(c | x_n) / d theta)^2; for a Gaussian one it is
-sum_n sum_o (d f_o(x_n) / d theta)^2 / sigma^2. One target per row drawn from the network's own
+sum_n sum_o (d f_o(x_n) / d theta)^2 / sigma^2; for one whose network predicts mean and log variance s
+the Fisher matrix of the two is diag(exp(-s), 1/2). One target per row drawn from the network's own
 predictive makes the same matrix in expectation for one backward pass instead of one per class. The
 empirical Fisher uses the observed target instead and is another matrix (Kunstner, Balles and Hennig
 2019, arXiv 1905.12558).
@@ -18,7 +19,14 @@ from torch.utils import _pytree as pytree
 
 from bayespass.batches import call_arguments, device_of, labelled_batches, model_output
 from bayespass.errors import InvalidInput
-from bayespass.likelihood import Likelihood, check_targets, negative_log_likelihood
+from bayespass.likelihood import (
+    Likelihood,
+    SigmaNoise,
+    check_targets,
+    gaussian_log_losses,
+    mean_and_log_variance,
+    negative_log_likelihood,
+)
 from bayespass.posterior.base import as_generator
 from bayespass.progress import track
 
@@ -31,7 +39,7 @@ def diagonal_curvature(
     loader: Iterable[Any],
     names: tuple[str, ...],
     likelihood: Likelihood,
-    sigma_noise: float | None = None,
+    sigma_noise: SigmaNoise | None = None,
     curvature: Curvature = "ggn",
     chunk_size: int = 32,
     progress: bool = False,
@@ -44,7 +52,7 @@ def diagonal_curvature(
         loader: yields (inputs, targets).
         names: parameters to differentiate.
         likelihood: "classification" or "regression".
-        sigma_noise: sd of the observation noise, for regression.
+        sigma_noise: sd of the observation noise, or "predicted", for regression.
         curvature: "ggn" (exact, one backward pass per class or output), "mc" (type-I Fisher, MC: one
             target per row drawn from the network's own predictive, one backward pass; unbiased for
             "ggn", with noise that falls as 1 / sqrt(N) where rows are alike) or "ef" (empirical Fisher).
@@ -81,7 +89,7 @@ def diagonal_curvature(
         for inputs, targets in track(labelled_batches(loader, device_of(model)), "curvature", show=progress):
             args, kwargs = call_arguments(inputs)
             batch_outputs = model_output(model(*args, **kwargs))
-            targets = check_targets(batch_outputs, targets, likelihood)
+            targets = check_targets(batch_outputs, targets, likelihood, sigma_noise)
             loss += float(negative_log_likelihood(batch_outputs, targets, likelihood, sigma_noise))
             n_data += len(targets)
             if curvature == "mc":
@@ -93,20 +101,35 @@ def diagonal_curvature(
 
 
 def _drawn_targets(
-    outputs: Tensor, likelihood: Likelihood, sigma_noise: float | None, generator: torch.Generator
+    outputs: Tensor, likelihood: Likelihood, sigma_noise: SigmaNoise | None, generator: torch.Generator
 ) -> Tensor:
-    """One target per row from p(y | output): a class label, or N(output, sigma^2)."""
+    """One target per row from p(y | output): a class label, N(output, sigma^2), or N(mean, exp(log variance))."""
     if likelihood == "regression":
-        noise = torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype, device=outputs.device)
-        return outputs + float(sigma_noise or 1.0) * noise
+        mean, sd = outputs, 1.0
+        if sigma_noise == "predicted":
+            mean, log_variance = mean_and_log_variance(outputs)
+            sd = torch.exp(log_variance / 2)
+        elif sigma_noise is not None:
+            sd = float(sigma_noise)
+        return mean + sd * torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
     probabilities = torch.softmax(outputs.float(), -1)
     return torch.multinomial(probabilities.flatten(0, -2), 1, generator=generator).view(outputs.shape[:-1])
+
+
+def _fisher_weights(out: Tensor, likelihood: Likelihood, sigma_noise: SigmaNoise | None) -> Tensor:
+    """Weight of the squared gradient of each log probability (classification) or output, of the output's shape."""
+    if likelihood == "classification":
+        return torch.softmax(out, -1)
+    if sigma_noise == "predicted":
+        precision = torch.exp(-mean_and_log_variance(out)[1])
+        return torch.stack([precision, torch.full_like(precision, 0.5)], -1)
+    return torch.full_like(out, 1 / float(sigma_noise or 1.0) ** 2)
 
 
 def _square_gradients(
     outputs: Callable[[Parameters, Any], Tensor],
     likelihood: Likelihood,
-    sigma_noise: float | None,
+    sigma_noise: SigmaNoise | None,
     curvature: Curvature,
 ) -> Callable[[Parameters, Any, Tensor], Parameters]:
     """A function of (parameters, rows, targets) that returns the chunk's summed squared gradients.
@@ -118,8 +141,10 @@ def _square_gradients(
     def observed(theta: Parameters, row: Any, target: Tensor) -> Parameters:
         def loss(value: Parameters) -> Tensor:
             out = outputs(value, row)
+            if sigma_noise == "predicted":
+                return gaussian_log_losses(out, target).sum()
             if likelihood == "regression":  # up to a constant; F.gaussian_nll_loss does not run under vmap
-                return ((target - out) / (sigma_noise or 1.0)).square().sum() / 2
+                return ((target - out) / float(sigma_noise or 1.0)).square().sum() / 2
             return negative_log_likelihood(out.unsqueeze(0), target.unsqueeze(0), likelihood, None)
 
         return {name: g.square() for name, g in grad(loss)(theta).items()}
@@ -128,13 +153,13 @@ def _square_gradients(
         def per_output(index: Tensor, weight: Tensor) -> Parameters:
             def one(value: Parameters) -> Tensor:
                 out = outputs(value, row)
-                score = torch.log_softmax(out, -1) if likelihood == "classification" else out / (sigma_noise or 1.0)
+                score = torch.log_softmax(out, -1) if likelihood == "classification" else out
                 return score.flatten()[index]
 
             return {name: weight * g.square() for name, g in grad(one)(theta).items()}
 
         out = outputs(theta, row)
-        weights = torch.softmax(out, -1).flatten() if likelihood == "classification" else torch.ones_like(out).flatten()
+        weights = _fisher_weights(out, likelihood, sigma_noise).flatten()
         each = vmap(per_output, chunk_size=1 if weights.numel() > 64 else None)(
             torch.arange(weights.numel(), device=out.device), weights
         )

@@ -1,26 +1,27 @@
 """Laplace: a Gaussian around trained weights, from the curvature of the loss there.
 
-Precision (H + a0) / T with H the diagonal of the summed curvature, stored without the prior, so
-that the prior precision a0 can be tuned again without another pass over the data.
+Precision (H + a0) / T with H the summed curvature: its diagonal, a Kronecker product per linear layer,
+or the whole matrix. It is stored without the prior and in its eigenbasis, so that the prior precision
+a0 can be tuned again without another pass over the data.
 """
 
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from bayespass.batches import device_of, labelled_batches
 from bayespass.calibrate.temperature import TemperatureScaling
-from bayespass.curvature.diagonal import Curvature, diagonal_curvature
+from bayespass.curvature.diagonal import Curvature
 from bayespass.errors import InvalidInput, NotFitted
 from bayespass.evaluate.proper_scores import log_scores
-from bayespass.likelihood import Likelihood, check_likelihood
+from bayespass.likelihood import Likelihood, SigmaNoise, check_likelihood
 from bayespass.posterior.base import Posterior, PosteriorInfo, choose_names
-from bayespass.posterior.mean_field import DiagonalGaussian
+from bayespass.posterior.spectrum import HessianStructure, Spectrum, fit_spectrum
 from bayespass.predict.dataset import predict_dataset
 from bayespass.predict.propagation import SinglePass
 from bayespass.predict.sampling import MeanNetwork
@@ -59,7 +60,7 @@ class PriorTuning:
 
 
 class Laplace:
-    """Diagonal Laplace approximation at the model's present weights.
+    """Laplace approximation at the model's present weights.
 
         method = Laplace(model, likelihood="classification").fit(train_loader)
         method.optimize_prior_precision("gridsearch", val_loader)
@@ -68,12 +69,16 @@ class Laplace:
     Args:
         model: trained, in eval mode; not modified.
         likelihood: "classification" or "regression".
-        hessian_structure: "diag".
+        hessian_structure: "diag" (any parameters), "kron" (KFAC: weights and biases of `nn.Linear`, one
+            Kronecker product per weight) or "full" (the whole matrix, 5,000 parameters at most: a last
+            layer, chosen by `names`).
         curvature: "ggn" (generalised Gauss-Newton, exact), "mc" (the same in expectation, from one
             sampled label per row: one backward pass instead of one per class) or "ef" (empirical Fisher).
+            "full" has "ggn" only.
         prior_precision: a0 of the prior N(0, 1/a0).
         temperature: T, tempers likelihood and prior alike.
-        sigma_noise: sd of the observation noise, for regression.
+        sigma_noise: sd of the observation noise, or "predicted" where the network outputs (mean, log
+            variance), for regression.
         names: random parameters, a list or a predicate; by default all that require gradients.
 
     Raises:
@@ -86,32 +91,35 @@ class Laplace:
         self,
         model: nn.Module,
         likelihood: Likelihood = "classification",
-        hessian_structure: Literal["diag"] = "diag",
+        hessian_structure: HessianStructure = "diag",
         curvature: Curvature = "ggn",
         prior_precision: float = 1.0,
         temperature: float = 1.0,
-        sigma_noise: float | None = None,
+        sigma_noise: SigmaNoise | None = None,
         names: Iterable[str] | Callable[[str], bool] | None = None,
     ) -> None:
         check_likelihood(likelihood, sigma_noise)
         check_eval(model)
-        if hessian_structure != "diag":
-            msg = f"hessian_structure must be 'diag'; got {hessian_structure!r}"
+        if hessian_structure not in get_args(HessianStructure):
+            msg = f"hessian_structure must be 'diag', 'kron' or 'full'; got {hessian_structure!r}"
+            raise InvalidInput(msg)
+        if hessian_structure == "full" and curvature != "ggn":
+            msg = f"hessian_structure='full' has curvature='ggn' only; got {curvature!r}"
             raise InvalidInput(msg)
         if not prior_precision > 0 or not temperature > 0:
             msg = f"prior_precision and temperature must be positive; got {prior_precision} and {temperature}"
             raise InvalidInput(msg)
         self.model = model
         self.likelihood: Likelihood = likelihood
-        self.hessian_structure = hessian_structure
+        self.hessian_structure: HessianStructure = hessian_structure
         self.curvature: Curvature = curvature
         self.prior_precision = float(prior_precision)
         self.temperature = float(temperature)
-        self.sigma_noise = sigma_noise
+        self.sigma_noise: SigmaNoise | None = sigma_noise
         trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.names = tuple(choose_names(trainable, names) if names is not None else trainable)
         self.mean_: dict[str, Tensor] = {}
-        self.curvature_: dict[str, Tensor] | None = None
+        self.spectrum_: Spectrum | None = None
         self.train_loss_: float = math.nan
         self.n_data_: int = 0
 
@@ -127,10 +135,12 @@ class Laplace:
             itself.
 
         Raises:
-            InvalidInput: an empty loader, targets that do not fit, or a curvature that is not finite.
+            InvalidInput: an empty loader, targets that do not fit, a curvature that is not finite, or
+                parameters that the structure is not for.
         """
         check_eval(self.model)
-        values, loss, n_data = diagonal_curvature(
+        fitted = fit_spectrum(
+            self.hessian_structure,
             self.model,
             train_loader,
             self.names,
@@ -140,17 +150,13 @@ class Laplace:
             chunk_size,
             progress,
         )
-        for name, value in values.items():
-            if not torch.isfinite(value).all():
-                msg = f"the curvature of parameter {name} is NaN or infinite; check the model's weights and the data"
-                raise InvalidInput(msg)
         parameters = dict(self.model.named_parameters())
         self.mean_ = {name: parameters[name].detach().float().clone() for name in self.names}
-        self.curvature_, self.train_loss_, self.n_data_ = values, loss, n_data
+        self.spectrum_, self.train_loss_, self.n_data_ = fitted
         return self
 
-    def posterior(self, prior_precision: float | None = None) -> DiagonalGaussian:
-        """N(theta, T / (H + a0)) with the weights at `fit`, at the tuned or the given prior precision.
+    def posterior(self, prior_precision: float | None = None) -> Posterior:
+        """N(theta, T (H + a0)^-1) with the weights at `fit`, at the tuned or the given prior precision.
 
         Args:
             prior_precision: a0; by default the present one.
@@ -158,17 +164,16 @@ class Laplace:
         Raises:
             NotFitted: before `fit`.
         """
-        curvature = self._fitted()
+        spectrum = self._fitted()
         a0 = self.prior_precision if prior_precision is None else float(prior_precision)
-        variance = {name: self.temperature / (value + a0) for name, value in curvature.items()}
         settings = {"hessian_structure": self.hessian_structure, "curvature": self.curvature}
         info = PosteriorInfo(self.likelihood, self.n_data_, a0, self.temperature, self.sigma_noise, "laplace", settings)
-        return DiagonalGaussian(self.mean_, variance, info)
+        return spectrum.posterior(self.mean_, a0, self.temperature, info)
 
     def log_marginal_likelihood(self, prior_precision: float | None = None) -> float:
         """Laplace's log p(D | a0), in nats, for the prior N(0, 1/a0) and temperature 1.
 
-        log p(D | theta) - a0 |theta|^2 / 2 + (P log a0 - sum log(H + a0)) / 2.
+        log p(D | theta) - a0 |theta|^2 / 2 + (P log a0 - log det(H + a0)) / 2.
 
         Args:
             prior_precision: a0; by default the present one.
@@ -176,13 +181,10 @@ class Laplace:
         Raises:
             NotFitted: before `fit`.
         """
-        curvature = self._fitted()
+        spectrum = self._fitted()
         a0 = self.prior_precision if prior_precision is None else float(prior_precision)
-        value = -self.train_loss_
-        for name, diagonal in curvature.items():
-            value -= 0.5 * a0 * float(self.mean_[name].double().square().sum())
-            value -= 0.5 * float(torch.log1p(diagonal.double() / a0).sum())
-        return value
+        square = sum(float(mean.double().square().sum()) for mean in self.mean_.values())
+        return -self.train_loss_ - 0.5 * a0 * square - 0.5 * spectrum.log_det(a0)
 
     def optimize_prior_precision(
         self,
@@ -247,11 +249,11 @@ class Laplace:
             warnings.warn(verdict, UserWarning, stacklevel=2)
         return PriorTuning(method, values, tuple(scores), values[best], at_edge, map_score, temperature_score, verdict)
 
-    def _fitted(self) -> dict[str, Tensor]:
-        if self.curvature_ is None:
+    def _fitted(self) -> Spectrum:
+        if self.spectrum_ is None:
             msg = "Laplace has no curvature yet; call fit(train_loader) first"
             raise NotFitted(msg)
-        return self.curvature_
+        return self.spectrum_
 
 
 def _score(prediction: Prediction, targets: Tensor) -> float:
