@@ -105,7 +105,7 @@ def cell_path(part: str, task: str, method: str, seed: int, arguments: argparse.
     module = trained_cost if part == "cost" else PARTS[part]
     code = Path(str(module.__file__)).read_bytes()
     kind = hashlib.sha256(code + f"{arguments.device} {arguments.full} {torch.__version__}".encode()).hexdigest()[:12]
-    return CELLS / kind / f"{part}-{task}-{method}-{seed}.json"
+    return CELLS / kind / f"{part}-{task}-{method.replace('/', '_')}-{seed}.json"
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:

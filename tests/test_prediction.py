@@ -5,7 +5,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from bayespass import ClassificationPrediction, InvalidInput, RegressionPrediction
-from bayespass.prediction import concatenate
+from bayespass.prediction import concatenate, regression_prediction
 
 
 @pytest.fixture
@@ -50,3 +50,24 @@ def test_batches_join(classified):
     assert joined.method == "mc4"
     with pytest.raises(InvalidInput, match="no prediction"):
         concatenate([])
+
+
+def test_predicted_noise_is_the_mean_of_a_log_normal():
+    mean, variance = torch.tensor([[1.0, -0.5]], dtype=torch.float64), torch.tensor([[0.2, 0.7]], dtype=torch.float64)
+    found = regression_prediction(mean, variance, "predicted", "cvp")
+    draws = -0.5 + 0.7**0.5 * torch.randn(1_000_000, dtype=torch.float64)
+    noise = draws.exp()
+    assert (found.mean.item(), found.epistemic.item(), found.method) == (1.0, 0.2, "cvp")
+    assert found.aleatoric.item() == pytest.approx(noise.mean().item(), abs=5 * noise.std().item() / 1e3)
+    assert found.aleatoric.item() == pytest.approx(2.718281828459045 ** (-0.5 + 0.35), rel=1e-12)
+    assert found.total.item() == pytest.approx(0.2 + found.aleatoric.item())
+
+
+def test_known_and_averaged_noise_are_taken_as_given():
+    known = regression_prediction(torch.zeros(3, 2), torch.ones(3, 2), 0.5)
+    torch.testing.assert_close(known.aleatoric, torch.full((3, 2), 0.25))
+    averaged = regression_prediction(torch.zeros(3, 2), torch.ones(3, 2), "predicted", noise=torch.full((3,), 9.0))
+    assert averaged.mean.shape == averaged.epistemic.shape == (3,)
+    assert averaged.aleatoric.tolist() == [9.0] * 3
+    with pytest.raises(InvalidInput, match="axis of size 2"):
+        regression_prediction(torch.zeros(3, 1), torch.ones(3, 1), "predicted")

@@ -29,8 +29,13 @@ from bayespass.evaluate.compare import compare as compare
 from bayespass.evaluate.scores import Estimate as Estimate
 from bayespass.evaluate.scores import evaluate as evaluate
 from bayespass.evaluate.selective import risk_coverage_curve as risk_coverage_curve
+from bayespass.forecasting import GaussianHead as GaussianHead
+from bayespass.forecasting import KoopmanForecaster as KoopmanForecaster
+from bayespass.forecasting import PatchForecaster as PatchForecaster
+from bayespass.forecasting import windows as windows
 from bayespass.inspect import Coverage as Coverage
 from bayespass.inspect import inspect_model as inspect_model
+from bayespass.likelihood import gaussian_nll as gaussian_nll
 from bayespass.link import softmax_link as softmax_link
 from bayespass.moments import Moments as Moments
 from bayespass.posterior.base import Posterior as Posterior

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from bayespass.errors import InvalidInput
+from bayespass.likelihood import SigmaNoise, mean_and_log_variance
 
 AnyPrediction = TypeVar("AnyPrediction", "ClassificationPrediction", "RegressionPrediction")
 
@@ -96,6 +97,42 @@ class RegressionPrediction:
 
 
 Prediction = ClassificationPrediction | RegressionPrediction
+
+
+def regression_prediction(
+    mean: Tensor,
+    variance: Tensor,
+    sigma_noise: SigmaNoise | None,
+    method: str = "",
+    notes: tuple[str, ...] = (),
+    noise: Tensor | None = None,
+) -> RegressionPrediction:
+    """The prediction behind a Gaussian network output: the one place where its variance is split by source.
+
+    With a known `sigma_noise` the output is the predicted mean and the noise has variance
+    sigma_noise^2. With `"predicted"` the output's last axis is (mean, log variance s): epistemic is
+    the variance of the first entry, aleatoric is E[exp(s)] = exp(E[s] + Var[s] / 2), exact for a
+    Gaussian s (the mean of a log-normal), unless the caller has averaged exp(s) over draws.
+
+    Args:
+        mean: of the network's output.
+        variance: of the network's output, from the posterior.
+        sigma_noise: sd of the observation noise, or "predicted".
+        method: how it was made, one word.
+        notes: assumptions made.
+        noise: (...) E[exp(s)] where it is known; only with "predicted".
+
+    Raises:
+        InvalidInput: `"predicted"` with an output whose last axis is not of size two.
+    """
+    if sigma_noise != "predicted":
+        known = torch.full_like(mean, float(sigma_noise or 0.0) ** 2)
+        return RegressionPrediction(mean, variance, known, method, notes)
+    center, log_noise = mean_and_log_variance(mean)
+    epistemic, log_noise_variance = mean_and_log_variance(variance)
+    if noise is None:
+        noise = torch.exp(log_noise + log_noise_variance / 2)
+    return RegressionPrediction(center, epistemic, noise, method, notes)
 
 
 def _tensor_names(cls: type) -> list[str]:

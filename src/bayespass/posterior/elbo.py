@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim.adam import adam
 
 from bayespass.errors import InvalidInput, require_positive
-from bayespass.likelihood import Likelihood
+from bayespass.likelihood import Likelihood, SigmaNoise
 from bayespass.posterior.base import PosteriorInfo
 from bayespass.posterior.local import LocalReparametrization
 from bayespass.posterior.mean_field import DiagonalGaussian
@@ -172,7 +172,7 @@ class MeanFieldVI(GradientMethod):
         betas: tuple[float, float] = (0.9, 0.999),
         seed: int = 0,
         likelihood: Likelihood = "classification",
-        sigma_noise: Any = None,
+        sigma_noise: SigmaNoise | None = None,
         prior_mean: PriorMean = None,
         n_samples: int = 1,
         antithetic: bool = False,
@@ -209,11 +209,11 @@ class MeanFieldVI(GradientMethod):
         if local is not None:
             self._local = LocalReparametrization(local, [parameter for parameter, _, _ in self._active()])
 
-    def _displacement(self, parameter: Tensor, group: Mapping[str, Any], standard: Tensor) -> Tensor | None:
+    def _move(self, parameter: Tensor, group: Mapping[str, Any], standard: Tensor, sign: float) -> None:
         if self._local is not None and parameter in self._local:
             self._local.variance[parameter] = self._sd(parameter, group).square_().to(parameter.dtype)
-            return None
-        return super()._displacement(parameter, group, standard)
+        else:
+            super()._move(parameter, group, standard, sign)
 
     def _before_block(self) -> None:
         if self._local is not None:

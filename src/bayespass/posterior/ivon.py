@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from bayespass.errors import InvalidInput, require_positive
-from bayespass.likelihood import Likelihood
+from bayespass.likelihood import Likelihood, SigmaNoise
 from bayespass.posterior.base import PosteriorInfo
 from bayespass.posterior.mean_field import DiagonalGaussian
 from bayespass.posterior.method import PriorMean, TrainingMethod
@@ -97,7 +97,7 @@ class IVON(TrainingMethod):
         batch_size: int | None = None,
         seed: int = 0,
         likelihood: Likelihood = "classification",
-        sigma_noise: Any = None,
+        sigma_noise: SigmaNoise | None = None,
         prior_mean: PriorMean = None,
         n_samples: int = 1,
         antithetic: bool = False,
@@ -215,24 +215,25 @@ class IVON(TrainingMethod):
 
         precision = torch._foreach_add(hessian, delta)
         if self.hess_approx == "price":
-            torch._foreach_mul_(second, precision)
-            torch._foreach_mul_(second, self.data_weight)
+            gap = torch._foreach_addcmul(hessian, second, precision, -self.data_weight)  # h - f
         else:
-            torch._foreach_mul_(second, float(self.batch_size or 1))
-        gap = torch._foreach_sub(hessian, second)  # h - f
+            gap = torch._foreach_add(hessian, second, alpha=-float(self.batch_size or 1))
         torch._foreach_add_(hessian, gap, alpha=-(1 - beta2))
         torch._foreach_mul_(gap, gap)
-        torch._foreach_div_(gap, precision)
-        torch._foreach_add_(hessian, gap, alpha=0.5 * (1 - beta2) ** 2)
+        torch._foreach_addcdiv_(hessian, gap, precision, 0.5 * (1 - beta2) ** 2)
 
+        precision = torch._foreach_add(hessian, delta)
         update = torch._foreach_div(momentum, [1 - beta1 ** float(s["step"]) for s in states])
         torch._foreach_add_(update, self._prior_pull(parameters), alpha=delta)
-        torch._foreach_div_(update, torch._foreach_add(hessian, delta))
-        if radius != float("inf"):
+        size = group["lr"] * (group["hess_init"] + delta if group["rescale_lr"] else 1.0)
+        means = [self._mean(parameter) for parameter in parameters]
+        if radius == float("inf"):
+            torch._foreach_addcdiv_(means, update, precision, -size)
+        else:
+            torch._foreach_div_(update, precision)
             torch._foreach_clamp_min_(update, -radius)
             torch._foreach_clamp_max_(update, radius)
-        size = group["lr"] * (group["hess_init"] + delta if group["rescale_lr"] else 1.0)
-        torch._foreach_add_([self._mean(parameter) for parameter in parameters], update, alpha=-size)
+            torch._foreach_add_(means, update, alpha=-size)
 
     def _posterior(
         self, means: dict[str, Tensor], parameters: dict[str, tuple[Tensor, dict[str, Any]]]

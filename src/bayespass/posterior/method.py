@@ -127,9 +127,10 @@ class TrainingMethod(Optimizer):
         """What draws are centred on."""
         return self._mean(parameter)
 
-    def _displacement(self, parameter: Tensor, group: Mapping[str, Any], standard: Tensor) -> Tensor | None:
-        """A draw minus its centre, from standard normal noise; None leaves the parameter at its mean."""
-        return standard.mul_(self._sd(parameter, group))
+    def _move(self, parameter: Tensor, group: Mapping[str, Any], standard: Tensor, sign: float) -> None:
+        """Set the parameter to its centre plus sign times a draw's displacement, made of standard normal noise."""
+        moved = torch.addcmul(self._centre(parameter), standard, self._sd(parameter, group), value=sign)
+        parameter.copy_(moved)
 
     def _evidence(
         self, parameter: Tensor, group: Mapping[str, Any], gradient: Tensor, noise: Tensor
@@ -239,13 +240,11 @@ class TrainingMethod(Optimizer):
             if parameter.device not in generators:
                 stream = stream_seed(self.seed, pair * size + rank)
                 generators[parameter.device] = torch.Generator(parameter.device).manual_seed(stream)
-            centre = self._centre(parameter)
+            exact = torch.promote_types(parameter.dtype, torch.float32)
             standard = torch.randn(
-                parameter.shape, generator=generators[parameter.device], dtype=centre.dtype, device=parameter.device
+                parameter.shape, generator=generators[parameter.device], dtype=exact, device=parameter.device
             )
-            displacement = self._displacement(parameter, group, standard)
-            if displacement is not None:
-                parameter.copy_(torch.sub(centre, displacement) if mirrored else displacement.add_(centre))
+            self._move(parameter, group, standard, -1.0 if mirrored else 1.0)
             parameter.grad = None
         if not self._checked_rounding:
             self._check_rounding(active)

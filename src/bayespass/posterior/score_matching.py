@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from bayespass.errors import InvalidInput, require_positive
-from bayespass.likelihood import Likelihood
+from bayespass.likelihood import Likelihood, SigmaNoise
 from bayespass.posterior.base import Posterior, PosteriorInfo
 from bayespass.posterior.draws import average
 from bayespass.posterior.kronecker import KroneckerGaussian
@@ -108,7 +108,7 @@ class ScoreVI(TrainingMethod):
         batch_size: int | None = None,
         seed: int = 0,
         likelihood: Likelihood = "classification",
-        sigma_noise: Any = None,
+        sigma_noise: SigmaNoise | None = None,
         prior_mean: PriorMean = None,
         n_samples: int = 1,
         antithetic: bool = False,
@@ -181,10 +181,13 @@ class ScoreVI(TrainingMethod):
             return marginal(state, precision.reciprocal()).sqrt_()
         return precision.rsqrt()
 
-    def _displacement(self, parameter: Tensor, group: Mapping[str, Any], standard: Tensor) -> Tensor:
-        del group
+    def _move(self, parameter: Tensor, group: Mapping[str, Any], standard: Tensor, sign: float) -> None:
         state = self.state[parameter]
-        return from_basis(state, standard.mul_(state["precision"].rsqrt()))
+        if "left" in state or "right" in state:
+            displacement = from_basis(state, standard.mul_(state["precision"].rsqrt()))
+            parameter.copy_(self._centre(parameter).add(displacement, alpha=sign))
+        else:
+            super()._move(parameter, group, standard, sign)
 
     def _evidence(
         self, parameter: Tensor, group: Mapping[str, Any], gradient: Tensor, noise: Tensor
@@ -279,10 +282,10 @@ def closed_form(
     Returns:
         the step of the mean, and the positive factor of the precision.
     """
-    pull = 2 * lr * variance * score
+    pull = (variance * score).mul_(2 * lr)
     if not coupled:
         ratio = precision_ratio(curvature, precision_lr)
-        return pull / (1 + 2 * lr * ratio), ratio
+        return pull.div_((ratio * (2 * lr)).add_(1)), ratio
     ratio = torch.ones_like(variance)
     for _ in range(SWEEPS):
         moved = pull / (1 + 2 * lr * ratio)
@@ -296,10 +299,13 @@ def precision_ratio(curvature: Tensor, eta: float) -> Tensor:
     Near 1 it is solved for r - 1, which a tiny eta would drown in rounding; elsewhere in the form
     whose terms do not cancel.
     """
-    gap = 4 * eta * (curvature - 1)
+    gap = (curvature - 1).mul_(4 * eta)
+    root = gap.add(4 * eta - 1).square_().add_(16 * eta).sqrt_()
+    near = gap / (root - gap).add_(1 + 4 * eta)
+    near.mul_(2).add_(1)
+    if gap.numel() == 0 or float(gap.abs().max()) < 0.5:
+        return near
     b = gap + (4 * eta - 1)
-    root = (b.square() + 16 * eta).sqrt()
-    near = 1 + 2 * gap / (1 + 4 * eta - gap + root)
     far = torch.where(b < 0, 2 / (root - b), (root + b) / (8 * eta))
     return torch.where(gap.abs() < 0.5, near, far)
 

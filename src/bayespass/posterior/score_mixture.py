@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from bayespass.errors import InvalidInput
-from bayespass.likelihood import Likelihood
+from bayespass.likelihood import Likelihood, SigmaNoise
 from bayespass.posterior.base import PosteriorInfo
 from bayespass.posterior.elbo import GradientMethod
 from bayespass.posterior.mean_field import DiagonalGaussian
@@ -79,7 +79,7 @@ class ScoreVIMixture(GradientMethod):
         betas: tuple[float, float] = (0.9, 0.999),
         seed: int = 0,
         likelihood: Likelihood = "classification",
-        sigma_noise: Any = None,
+        sigma_noise: SigmaNoise | None = None,
         prior_mean: PriorMean = None,
         n_samples: int = 1,
         max_grad_norm: float | None = None,

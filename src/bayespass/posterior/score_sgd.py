@@ -20,10 +20,11 @@ Source: Kim 2026 (arXiv 2602.05873) for the objective; gradients derived here.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bayespass.errors import InvalidInput, require_positive
-from bayespass.likelihood import Likelihood
+from bayespass.likelihood import Likelihood, SigmaNoise
 from bayespass.posterior.base import PosteriorInfo
 from bayespass.posterior.elbo import GradientMethod, landing_residual
 from bayespass.posterior.method import PriorMean
@@ -72,7 +73,7 @@ class ScoreVISGD(GradientMethod):
         betas: tuple[float, float] = (0.9, 0.999),
         seed: int = 0,
         likelihood: Likelihood = "classification",
-        sigma_noise: Any = None,
+        sigma_noise: SigmaNoise | None = None,
         prior_mean: PriorMean = None,
         n_samples: int = 1,
         antithetic: bool = False,
@@ -108,9 +109,10 @@ class ScoreVISGD(GradientMethod):
     def _centre(self, parameter: Tensor) -> Tensor:
         return self.state[parameter].get("lagged_mean", self._mean(parameter))
 
-    def _displacement(self, parameter: Tensor, group: Mapping[str, Any], standard: Tensor) -> Tensor:
+    def _move(self, parameter: Tensor, group: Mapping[str, Any], standard: Tensor, sign: float) -> None:
         del group
-        return standard.mul_(self._lagged_log_sd(parameter).exp())
+        lagged_sd = self._lagged_log_sd(parameter).exp()
+        parameter.copy_(torch.addcmul(self._centre(parameter), standard, lagged_sd, value=sign))
 
     def _lagged_log_sd(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]

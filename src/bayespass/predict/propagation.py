@@ -23,7 +23,7 @@ from bayespass.link import Link, softmax_link
 from bayespass.moments import Moments, as_moments
 from bayespass.posterior.base import Posterior
 from bayespass.predict.snapshot import check_eval, snapshot
-from bayespass.prediction import ClassificationPrediction, Prediction, RegressionPrediction
+from bayespass.prediction import ClassificationPrediction, Prediction, regression_prediction
 from bayespass.rules.registry import has_module_rule, module_rule_for
 
 OUTPUT_SITE = ""
@@ -41,7 +41,9 @@ class SinglePass(nn.Module):
         link: how Gaussian logits become probabilities, see `softmax_link`.
 
     `forward` takes what the model takes and returns a `Prediction`. Weight moments are parameters
-    and buffers of this module, so it moves, compiles and has a `state_dict` like any other.
+    and buffers of this module, so it moves, compiles and has a `state_dict` like any other. With
+    `sigma_noise="predicted"` the noise variance is E[exp(s)] of a Gaussian log variance s, see
+    `regression_prediction`.
 
     Raises:
         PosteriorMismatch: posterior and model do not fit.
@@ -85,8 +87,7 @@ class SinglePass(nn.Module):
         mean, variance = self.moments(*args, **kwargs)
         notes = (*self.approximation.drops, f"{len(self.scales)} of {len(self.sites)} sites scaled")
         if self.info.likelihood == "regression":
-            noise = torch.full_like(mean, float(self.info.sigma_noise or 0.0) ** 2)
-            return RegressionPrediction(mean, variance, noise, self.approximation.name, notes)
+            return regression_prediction(mean, variance, self.info.sigma_noise, self.approximation.name, notes)
         probs = softmax_link(mean, variance, self.link)
         return ClassificationPrediction(probs, mean, variance, self.approximation.name, notes)
 

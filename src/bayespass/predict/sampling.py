@@ -1,6 +1,6 @@
 """Monte Carlo: the reference every other predictor is measured against, and the mean network."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -9,9 +9,10 @@ from torch.func import functional_call
 
 from bayespass.batches import model_output
 from bayespass.errors import InvalidInput
+from bayespass.likelihood import mean_and_log_variance
 from bayespass.posterior.base import Posterior, PosteriorInfo
 from bayespass.predict.snapshot import check_eval, place, snapshot
-from bayespass.prediction import ClassificationPrediction, Prediction, RegressionPrediction
+from bayespass.prediction import ClassificationPrediction, Prediction, regression_prediction
 
 
 class MonteCarlo(nn.Module):
@@ -25,7 +26,8 @@ class MonteCarlo(nn.Module):
             predicted by the same function.
 
     `forward` takes what the model takes and returns a `Prediction`: `probs` averages the softmax
-    over draws; logit mean and variance are those of the draws (divisor S - 1).
+    over draws; logit mean and variance are those of the draws (divisor S - 1). With
+    `sigma_noise="predicted"` the noise variance averages exp(log variance) over draws.
 
     Raises:
         PosteriorMismatch: posterior and model do not fit.
@@ -46,22 +48,20 @@ class MonteCarlo(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Prediction:
         """The prediction for one batch, called as the model is called."""
-        classification = self.info.likelihood == "classification"
         outputs = map(in_single_precision, self.outputs(*args, **kwargs))
         mean = next(outputs)
-        probs = torch.softmax(mean, -1) if classification else mean
+        transform = _averaged(self.info)
+        average = None if transform is None else transform(mean)
         square = torch.zeros_like(mean)
         for count, output in enumerate(outputs, start=2):
             gap = output - mean
             mean = mean + gap / count
             square = square + gap * (output - mean)
-            if classification:
-                probs = probs + (torch.softmax(output, -1) - probs) / count
+            if transform is not None and average is not None:
+                average = average + (transform(output) - average) / count
         variance = square / (self.n_samples - 1)
         method, notes = f"mc{self.n_samples}", (f"{self.n_samples} draws, seed {self.seed}",)
-        if classification:
-            return ClassificationPrediction(probs, mean, variance, method, notes)
-        return _regression(mean, variance, self.info, method, notes)
+        return _from_moments(mean, variance, average, self.info, method, notes)
 
     def outputs(self, *args: Any, **kwargs: Any) -> Iterator[Tensor]:
         """The network's output under each draw, in order.
@@ -95,7 +95,7 @@ class MeanNetwork(nn.Module):
         check_eval(self.model)
         output = model_output(self.model(*args, **kwargs))
         if self.info.likelihood == "regression":
-            return _regression(output, torch.zeros_like(output), self.info, "map", ())
+            return regression_prediction(output, torch.zeros_like(output), self.info.sigma_noise, "map")
         return ClassificationPrediction(torch.softmax(output, -1), output, torch.zeros_like(output), "map")
 
 
@@ -114,14 +114,24 @@ def prediction_from_draws(outputs: Tensor, info: PosteriorInfo, n_samples: int) 
     """
     outputs = in_single_precision(outputs)
     mean, variance = outputs.mean(0), outputs.var(0)
-    method, notes = f"mc{n_samples}", (f"{n_samples} draws",)
+    transform = _averaged(info)
+    average = None if transform is None else transform(outputs).mean(0)
+    return _from_moments(mean, variance, average, info, f"mc{n_samples}", (f"{n_samples} draws",))
+
+
+def _averaged(info: PosteriorInfo) -> Callable[[Tensor], Tensor] | None:
+    """What is averaged over draws besides the output: the probabilities, or a predicted noise variance."""
     if info.likelihood == "classification":
-        return ClassificationPrediction(torch.softmax(outputs, -1).mean(0), mean, variance, method, notes)
-    return _regression(mean, variance, info, method, notes)
+        return lambda output: torch.softmax(output, -1)
+    if info.sigma_noise == "predicted":
+        return lambda output: mean_and_log_variance(output)[1].exp()
+    return None
 
 
-def _regression(
-    mean: Tensor, epistemic: Tensor, info: PosteriorInfo, method: str, notes: tuple[str, ...]
-) -> RegressionPrediction:
-    noise = torch.full_like(mean, float(info.sigma_noise or 0.0) ** 2)
-    return RegressionPrediction(mean, epistemic, noise, method, notes)
+def _from_moments(
+    mean: Tensor, variance: Tensor, average: Tensor | None, info: PosteriorInfo, method: str, notes: tuple[str, ...]
+) -> Prediction:
+    if info.likelihood == "classification":
+        assert average is not None
+        return ClassificationPrediction(average, mean, variance, method, notes)
+    return regression_prediction(mean, variance, info.sigma_noise, method, notes, average)
