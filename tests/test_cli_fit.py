@@ -21,7 +21,6 @@ from bayespass.cli.models import build_model
 from bayespass.errors import BayespassError
 
 # `compare` on so few rows may find no gap between the mean network and Monte Carlo, and then its error is NaN.
-pytestmark = pytest.mark.filterwarnings("ignore:Degrees of freedom")
 
 NET = """
 from torch import nn

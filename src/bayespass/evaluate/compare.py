@@ -265,7 +265,9 @@ class _Gap:
             found = float(np.mean([self._metric(losses, rows) for losses in each]))
             return (self._metric(self._map, rows) - found) / gap if gap != 0 else float("nan")
 
-        return closed_on(self._all), float(np.nanstd([closed_on(rows) for rows in self._resamples], ddof=1))
+        resampled = np.array([closed_on(rows) for rows in self._resamples])
+        resampled = resampled[np.isfinite(resampled)]  # a resample without a gap says nothing
+        return closed_on(self._all), float(resampled.std(ddof=1)) if len(resampled) > 1 else float("nan")
 
 
 def _costs(mean_network: MeanNetwork, predictors: list[nn.Module], inputs: Any) -> tuple[float, list[float]]:

@@ -147,6 +147,9 @@ def noised_targets(targets: Tensor, sigma_noise: float, seed: int, temperature: 
     Raises:
         InvalidInput: a value that is not positive, or targets that are no real numbers.
     """
+    if not isinstance(sigma_noise, int | float):
+        msg = f"sigma_noise must be the sd of the noise, one number; got {sigma_noise!r}. Predicted noise has no one sd"
+        raise InvalidInput(msg)
     require_positive(sigma_noise=sigma_noise, temperature=temperature)
     if not targets.is_floating_point():
         msg = f"only regression targets can be noised; got dtype {targets.dtype}. Class labels stay as they are"
