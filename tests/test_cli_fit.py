@@ -20,8 +20,6 @@ from bayespass.cli.fit_settings import EPOCHS, UPDATES, Method, Settings, Start,
 from bayespass.cli.models import build_model
 from bayespass.errors import BayespassError
 
-# `compare` on so few rows may find no gap between the mean network and Monte Carlo, and then its error is NaN.
-
 NET = """
 from torch import nn
 

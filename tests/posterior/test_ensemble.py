@@ -122,3 +122,5 @@ def test_mistakes_are_named():
         anchors(models[0], 0.0, 0)
     with pytest.raises(InvalidInput, match="Class labels stay as they are"):
         noised_targets(torch.tensor([1, 2]), 0.5, 0)
+    with pytest.raises(InvalidInput, match="one number"):
+        noised_targets(torch.zeros(2), "predicted", 0)

@@ -18,18 +18,16 @@ the landing: Roeder et al. 2017 (arXiv 1703.09194); local reparametrisation: Kin
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
 from bayespass.errors import InvalidInput, require_positive
-from bayespass.likelihood import Likelihood, SigmaNoise
-from bayespass.posterior.base import PosteriorInfo
 from bayespass.posterior.local import LocalReparametrization
 from bayespass.posterior.mean_field import DiagonalGaussian
-from bayespass.posterior.method import PriorMean, TrainingMethod
+from bayespass.posterior.method import Shared, TrainingMethod
 from bayespass.posterior.score_matching import initial_sd
 
 Gradient = Literal["closed", "stl"]
@@ -40,12 +38,14 @@ class GradientMethod(TrainingMethod):
 
     Args:
         params: `model.named_parameters()`, or groups.
-        info: what the posterior records.
+        n_data: N.
+        name: the method's.
+        settings: recorded in the posterior.
         lr: of the mean; schedulers that change it change the rate of log sigma alike.
         sd_lr: rate of log sigma at the start.
         init_sd: initial standard deviation; None takes a hundredth of the weights' root mean square.
         betas: of Adam.
-        options: passed on to `TrainingMethod`.
+        shared: see `TrainingMethod`.
 
     Raises:
         InvalidInput: a value outside its range.
@@ -54,12 +54,14 @@ class GradientMethod(TrainingMethod):
     def __init__(
         self,
         params: Iterable[Any],
-        info: PosteriorInfo,
+        n_data: int,
+        name: str,
+        settings: dict[str, Any],
         lr: float,
         sd_lr: float | None,
         init_sd: float | None,
         betas: tuple[float, float],
-        **options: Any,
+        **shared: Unpack[Shared],
     ) -> None:
         require_positive(lr=lr, sd_lr=sd_lr, init_sd=init_sd)
         if not all(0 <= beta < 1 for beta in betas):
@@ -67,7 +69,8 @@ class GradientMethod(TrainingMethod):
             raise InvalidInput(msg)
         ratio = 10.0 if sd_lr is None else sd_lr / lr
         defaults = {"lr": lr, "sd_lr_ratio": ratio, "init_sd": init_sd, "betas": betas, "eps": 1e-8}
-        super().__init__(params, info, defaults, **options)
+        settings = {"lr": lr, "sd_lr": lr * ratio, **settings}
+        super().__init__(params, n_data, name, settings, defaults, **shared)
 
     def _initial_state(self, mean: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         sd = group["init_sd"] if group["init_sd"] is not None else initial_sd(mean)
@@ -134,8 +137,6 @@ class MeanFieldVI(GradientMethod):
         params: `model.named_parameters()`, or groups `{"params": [(name, p), ...], "lr": ...}`.
         lr: of the mean, for Adam.
         n_data: N, the number of training points; the KL weight is T / N.
-        prior_precision: a0 of the prior N(m0, 1/a0).
-        temperature: T, tempers likelihood and prior alike.
         sd_lr: rate of log sigma; ten times `lr` by default, since at the rate of the mean it hardly
             moves in a usual number of steps.
         init_sd: initial standard deviation; None takes a hundredth of the weights' root mean square,
@@ -146,11 +147,8 @@ class MeanFieldVI(GradientMethod):
             their weights, independently for every row: far less noise in the gradients. Layers that
             share weights are drawn as usual; one forward pass per block, and only with "closed".
         betas: of Adam.
-        seed: of the weight noise.
-        likelihood: recorded in the posterior.
-        sigma_noise: recorded in the posterior, for regression.
-        prior_mean: centre m0 of the prior: None for zero, "initial" for the present weights, or by name.
-        n_samples, antithetic, max_grad_norm, distributed: see `TrainingMethod`.
+        shared: prior_precision, temperature, likelihood, sigma_noise, prior_mean, n_samples, antithetic,
+            max_grad_norm, seed and distributed, as in `TrainingMethod`.
 
     Raises:
         InvalidInput: parameters without names, or a value outside its range.
@@ -163,21 +161,12 @@ class MeanFieldVI(GradientMethod):
         params: Iterable[Any],
         lr: float,
         n_data: int,
-        prior_precision: float = 1.0,
-        temperature: float = 1.0,
         sd_lr: float | None = None,
         init_sd: float | None = None,
         gradient: Gradient = "closed",
         local: nn.Module | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
-        seed: int = 0,
-        likelihood: Likelihood = "classification",
-        sigma_noise: SigmaNoise | None = None,
-        prior_mean: PriorMean = None,
-        n_samples: int = 1,
-        antithetic: bool = False,
-        max_grad_norm: float | None = None,
-        distributed: bool = False,
+        **shared: Unpack[Shared],
     ) -> None:
         if gradient not in ("closed", "stl"):
             msg = f"gradient must be 'closed' or 'stl'; got {gradient!r}"
@@ -185,27 +174,15 @@ class MeanFieldVI(GradientMethod):
         if local is not None and gradient == "stl":
             msg = "gradient='stl' needs drawn weights, which local reparametrisation never draws; use gradient='closed'"
             raise InvalidInput(msg)
-        if local is not None and antithetic:
+        if local is not None and shared.get("antithetic"):
             msg = (
                 "antithetic pairs mirror drawn weights, which local reparametrisation never draws; drop one of the two"
             )
             raise InvalidInput(msg)
         self.gradient = gradient
-        settings = {
-            "lr": lr,
-            "sd_lr": 10 * lr if sd_lr is None else sd_lr,
-            "gradient": gradient,
-            "local": local is not None,
-            "antithetic": antithetic,
-            "seed": seed,
-        }
-        info = PosteriorInfo(
-            likelihood, int(n_data), float(prior_precision), float(temperature), sigma_noise, "elbo", settings
-        )
         self._local: LocalReparametrization | None = None
-        options = {"prior_mean": prior_mean, "n_samples": n_samples, "antithetic": antithetic, "seed": seed}
-        options |= {"max_grad_norm": max_grad_norm, "distributed": distributed}
-        super().__init__(params, info, lr, sd_lr, init_sd, betas, **options)
+        settings = {"gradient": gradient, "local": local is not None}
+        super().__init__(params, n_data, "elbo", settings, lr, sd_lr, init_sd, betas, **shared)
         if local is not None:
             self._local = LocalReparametrization(local, [parameter for parameter, _, _ in self._active()])
 

@@ -16,17 +16,15 @@ never shrinks below half of what it was in one step, so it stays positive whatev
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from bayespass.errors import InvalidInput, require_positive
-from bayespass.likelihood import Likelihood, SigmaNoise
-from bayespass.posterior.base import PosteriorInfo
 from bayespass.posterior.mean_field import DiagonalGaussian
-from bayespass.posterior.method import PriorMean, TrainingMethod
+from bayespass.posterior.method import Shared, TrainingMethod
 
 Setting = Literal["scratch", "fine_tuning", "lora"]
 
@@ -58,8 +56,6 @@ class IVON(TrainingMethod):
         params: `model.named_parameters()`, or groups `{"params": [(name, p), ...], "lr": ...}`.
         lr: learning rate; with `rescale_lr` on the scale of SGD.
         n_data: N, the number of training points.
-        prior_precision: a0 of the prior; the L2 term is part of the update.
-        temperature: T; below 1 the posterior is colder than Bayes, precision (N h + a0) / T.
         hess_init: h0 > 0; sets the initial sd 1 / sqrt(N/T (h0 + a0/N)).
         betas: momentum and Hessian averaging; the second must average over about one epoch.
         clip_radius: xi, largest entry of the preconditioned update.
@@ -67,11 +63,8 @@ class IVON(TrainingMethod):
         hess_approx: "price", unbiased for the mean Hessian, or "gradsq", batch_size times the squared
             gradient: the empirical Fisher, biased by (batch_size - 1) times the squared mean gradient.
         batch_size: rows per `sampled()` block, for "gradsq".
-        seed: of the weight noise.
-        likelihood: recorded in the posterior.
-        sigma_noise: recorded in the posterior, for regression.
-        prior_mean: centre m0 of the prior: None for zero, "initial" for the present weights, or by name.
-        n_samples, antithetic, max_grad_norm, distributed: see `TrainingMethod`.
+        shared: prior_precision, temperature, likelihood, sigma_noise, prior_mean, n_samples, antithetic,
+            max_grad_norm, seed and distributed, as in `TrainingMethod`.
 
     With one draw per step the correction term raises the stationary precision by a factor of about
     1 + (1 - b2) / 2 (N / B + 2) for batches of B rows; an antithetic pair on one batch removes most of it.
@@ -87,22 +80,13 @@ class IVON(TrainingMethod):
         params: Iterable[Any],
         lr: float,
         n_data: int,
-        prior_precision: float = 1.0,
-        temperature: float = 1.0,
         hess_init: float = 1.0,
         betas: tuple[float, float] = (0.9, 0.99999),
         clip_radius: float = float("inf"),
         rescale_lr: bool = True,
         hess_approx: Literal["price", "gradsq"] = "price",
         batch_size: int | None = None,
-        seed: int = 0,
-        likelihood: Likelihood = "classification",
-        sigma_noise: SigmaNoise | None = None,
-        prior_mean: PriorMean = None,
-        n_samples: int = 1,
-        antithetic: bool = False,
-        max_grad_norm: float | None = None,
-        distributed: bool = False,
+        **shared: Unpack[Shared],
     ) -> None:
         require_positive(lr=lr, hess_init=hess_init, clip_radius=clip_radius, batch_size=batch_size)
         if not all(0 <= beta < 1 for beta in betas):
@@ -124,16 +108,11 @@ class IVON(TrainingMethod):
             "clip_radius": "inf" if clip_radius == float("inf") else clip_radius,
             "rescale_lr": rescale_lr,
             "hess_approx": hess_approx,
-            "antithetic": antithetic,
-            "seed": seed,
         }
-        info = PosteriorInfo(
-            likelihood, int(n_data), float(prior_precision), float(temperature), sigma_noise, "ivon", settings
-        )
         self.hess_approx, self.batch_size = hess_approx, batch_size
         defaults = {"lr": lr, "hess_init": hess_init, "betas": betas}
         defaults |= {"clip_radius": clip_radius, "rescale_lr": rescale_lr}
-        super().__init__(params, info, defaults, prior_mean, n_samples, antithetic, max_grad_norm, seed, distributed)
+        super().__init__(params, n_data, "ivon", settings, defaults, **shared)
 
     @classmethod
     def for_setting(cls, setting: Setting, params: Iterable[Any], n_data: int, **changes: Any) -> "IVON":

@@ -17,7 +17,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -25,10 +25,26 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from bayespass.errors import InvalidInput, NotFitted, require_positive
+from bayespass.likelihood import Likelihood, SigmaNoise
 from bayespass.posterior.base import Posterior, PosteriorInfo
 from bayespass.posterior.draws import Drawn, chunks, reduce_draws, stream_seed, world
 
 PriorMean = Mapping[str, Tensor] | Literal["initial"] | None
+
+
+class Shared(TypedDict, total=False):
+    """The settings that every training method takes by keyword, described at `TrainingMethod`."""
+
+    prior_precision: float
+    temperature: float
+    likelihood: Likelihood
+    sigma_noise: SigmaNoise | None
+    prior_mean: PriorMean
+    n_samples: int
+    antithetic: bool
+    max_grad_norm: float | None
+    seed: int
+    distributed: bool
 
 
 class TrainingMethod(Optimizer):
@@ -37,8 +53,14 @@ class TrainingMethod(Optimizer):
     Args:
         params: `model.named_parameters()`, or groups `{"params": [(name, p), ...], "lr": ...}`. Frozen
             parameters are left out: they have no state and stay deterministic.
-        info: what the posterior records, with N, a0 and T.
+        n_data: N, the number of training points.
+        name: the method's, recorded in the posterior.
+        settings: numbers and words of its own, recorded in the posterior.
         defaults: settings of a group.
+        prior_precision: a0 of the prior N(m0, 1/a0); the L2 term is part of the update. A group may have its own.
+        temperature: T, tempers likelihood and prior alike: precision (N h + a0) / T.
+        likelihood: recorded in the posterior, "classification" or "regression".
+        sigma_noise: recorded in the posterior, for regression.
         prior_mean: centre of the prior: None for zero, "initial" for the present weights, or values by
             name, zero for names that are missing.
         n_samples: draws per `step(closure)`.
@@ -64,8 +86,14 @@ class TrainingMethod(Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        info: PosteriorInfo,
+        n_data: int,
+        name: str,
+        settings: dict[str, Any],
         defaults: dict[str, Any],
+        prior_precision: float = 1.0,
+        temperature: float = 1.0,
+        likelihood: Likelihood = "classification",
+        sigma_noise: SigmaNoise | None = None,
         prior_mean: PriorMean = None,
         n_samples: int = 1,
         antithetic: bool = False,
@@ -79,17 +107,19 @@ class TrainingMethod(Optimizer):
         if antithetic and n_samples % 2:
             msg = f"antithetic draws come in pairs; n_samples must be even, got {n_samples}"
             raise InvalidInput(msg)
-        self.info = info
+        settings = {**settings, "antithetic": antithetic, "seed": seed}
+        scale = (int(n_data), float(prior_precision), float(temperature))
+        self.info = PosteriorInfo(likelihood, *scale, sigma_noise, name, settings)
         self.n_samples, self.antithetic, self.max_grad_norm = n_samples, antithetic, max_grad_norm
         self.seed, self.distributed = seed, distributed
-        self.data_weight = info.n_data / info.temperature  # N / T, weight of the mean loss
+        self.data_weight = self.info.n_data / self.info.temperature  # N / T, weight of the mean loss
         self._draws = 0
         self._inside = False
         self._drawn: Drawn = {}
         self._not_finite: str | None = None
         self._checked_rounding = False
         self._generators: dict[torch.device, torch.Generator] = {}
-        super().__init__(params, {"prior_precision": float(info.prior_precision), **defaults})
+        super().__init__(params, {"prior_precision": float(prior_precision), **defaults})
         if any("param_names" not in group for group in self.param_groups):
             msg = (
                 f"{type(self).__name__} needs names for its posterior; "

@@ -24,18 +24,17 @@ Source: Kim 2026 (arXiv 2602.05873) for the objective; its closed form and bias 
 import math
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor
 
 from bayespass.errors import InvalidInput, require_positive
-from bayespass.likelihood import Likelihood, SigmaNoise
-from bayespass.posterior.base import Posterior, PosteriorInfo
+from bayespass.posterior.base import Posterior
 from bayespass.posterior.draws import average
 from bayespass.posterior.kronecker import KroneckerGaussian
 from bayespass.posterior.mean_field import DiagonalGaussian
-from bayespass.posterior.method import PriorMean, TrainingMethod
+from bayespass.posterior.method import Shared, TrainingMethod
 
 SWEEPS = 4  # of the coupled fixed point
 GRAM_HORIZON = 1000  # draws that the gradients' covariance averages over
@@ -58,8 +57,6 @@ class ScoreVI(TrainingMethod):
         params: `model.named_parameters()`, or groups `{"params": [(name, p), ...], "lr": ...}`.
         lr: eta of the mean; a small one moves the mean by 2 eta of a Newton step.
         n_data: N, the number of training points.
-        prior_precision: a0 of the prior.
-        temperature: T, tempers likelihood and prior alike.
         precision_lr: eta of the precision, whose averaging horizon is 1 / (4 eta) steps; it stays where
             it is when a scheduler changes lr.
         init_sd: initial standard deviation; None takes a hundredth of the weights' root mean square,
@@ -72,12 +69,9 @@ class ScoreVI(TrainingMethod):
         basis_every: steps between two refreshes of that basis.
         max_basis: sides longer than this keep the standard basis.
         batch_size: B, rows per batch; sharpens the warnings, needed by `coupled`.
-        seed: of the weight noise.
-        likelihood: recorded in the posterior.
-        sigma_noise: recorded in the posterior, for regression.
-        prior_mean: centre m0 of the prior: None for zero, "initial" for the present weights, or by name.
-        n_samples, antithetic, max_grad_norm, distributed: see `TrainingMethod`. Pairs on one batch cut
-            the noise of the curvature several times.
+        shared: prior_precision, temperature, likelihood, sigma_noise, prior_mean, n_samples, antithetic,
+            max_grad_norm, seed and distributed, as in `TrainingMethod`.
+            Antithetic pairs on one batch cut the noise of the curvature several times.
 
     Take a fresh batch for every step: curvature from reused noise shrinks the variance.
 
@@ -96,8 +90,6 @@ class ScoreVI(TrainingMethod):
         params: Iterable[Any],
         lr: float,
         n_data: int,
-        prior_precision: float = 1.0,
-        temperature: float = 1.0,
         precision_lr: float = 2.5e-4,
         init_sd: float | None = None,
         coupled: bool = False,
@@ -106,14 +98,7 @@ class ScoreVI(TrainingMethod):
         basis_every: int = 10,
         max_basis: int = 2048,
         batch_size: int | None = None,
-        seed: int = 0,
-        likelihood: Likelihood = "classification",
-        sigma_noise: SigmaNoise | None = None,
-        prior_mean: PriorMean = None,
-        n_samples: int = 1,
-        antithetic: bool = False,
-        max_grad_norm: float | None = None,
-        distributed: bool = False,
+        **shared: Unpack[Shared],
     ) -> None:
         require_positive(lr=lr, precision_lr=precision_lr, init_sd=init_sd, batch_size=batch_size)
         require_positive(basis_every=basis_every, max_basis=max_basis)
@@ -134,22 +119,17 @@ class ScoreVI(TrainingMethod):
             "coupled": coupled,
             "momentum": momentum,
             "hessian_structure": hessian_structure,
-            "antithetic": antithetic,
-            "seed": seed,
         }
-        info = PosteriorInfo(
-            likelihood, int(n_data), float(prior_precision), float(temperature), sigma_noise, "score_vi", settings
-        )
-        self._check_bias(info, lr, precision_lr)
         self._checked_start = False
         defaults = {"lr": lr, "precision_lr": precision_lr, "init_sd": init_sd}
-        super().__init__(params, info, defaults, prior_mean, n_samples, antithetic, max_grad_norm, seed, distributed)
+        super().__init__(params, n_data, "score_vi", settings, defaults, **shared)
+        self._check_bias(lr, precision_lr)
 
-    def _check_bias(self, info: PosteriorInfo, lr: float, precision_lr: float) -> None:
-        if self.batch_size is not None and self.batch_size >= info.n_data:
+    def _check_bias(self, lr: float, precision_lr: float) -> None:
+        if self.batch_size is not None and self.batch_size >= self.info.n_data:
             return
         if self.coupled:
-            bias = lr * info.n_data / (self.batch_size or info.n_data)
+            bias = lr * self.info.n_data / (self.batch_size or self.info.n_data)
             if bias > 0.02:
                 msg = (
                     f"coupled score-based VI makes variances too small by 1 + lr N / batch_size = {1 + bias:.3f}; "

@@ -16,17 +16,15 @@ Source: arXiv 2602.05873 for the objective; gradients derived here.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from bayespass.errors import InvalidInput
-from bayespass.likelihood import Likelihood, SigmaNoise
-from bayespass.posterior.base import PosteriorInfo
 from bayespass.posterior.elbo import GradientMethod
 from bayespass.posterior.mean_field import DiagonalGaussian
-from bayespass.posterior.method import PriorMean
+from bayespass.posterior.method import Shared
 from bayespass.posterior.mixture import Mixture
 from bayespass.posterior.score_matching import initial_sd
 
@@ -43,19 +41,15 @@ class ScoreVIMixture(GradientMethod):
             `state_dict` of networks trained from different seeds; None spreads the components around
             the present weights.
         weights: of the components, summing to one; None for equal ones. They are not trained.
-        prior_precision: a0 of the prior N(m0, 1/a0).
-        temperature: T, tempers likelihood and prior alike.
         sd_lr: rate of log sigma; ten times `lr` by default.
         init_sd: initial standard deviation; None takes a hundredth of the weights' root mean square.
             Without `starts` the components start ten of these apart.
         betas: of Adam.
-        seed: of the weight noise and of the starts.
-        likelihood: recorded in the posterior.
-        sigma_noise: recorded in the posterior, for regression.
-        prior_mean: centre m0 of the prior: None for zero, "initial" for the present weights, or by name.
-        n_samples, max_grad_norm: see `TrainingMethod`; with one draw per step every component learns
-            from every `components`-th batch.
+        shared: prior_precision, temperature, likelihood, sigma_noise, prior_mean, n_samples, antithetic,
+            max_grad_norm, seed and distributed, as in `TrainingMethod`;
+            no antithetic pairs and one rank. The seed draws the starts too.
 
+    With one draw per step every component learns from every `components`-th batch.
     Outside `sampled()` the model holds the mean of the first component.
 
     Raises:
@@ -72,17 +66,10 @@ class ScoreVIMixture(GradientMethod):
         components: int = 2,
         starts: Sequence[Mapping[str, Tensor]] | None = None,
         weights: Sequence[float] | None = None,
-        prior_precision: float = 1.0,
-        temperature: float = 1.0,
         sd_lr: float | None = None,
         init_sd: float | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
-        seed: int = 0,
-        likelihood: Likelihood = "classification",
-        sigma_noise: SigmaNoise | None = None,
-        prior_mean: PriorMean = None,
-        n_samples: int = 1,
-        max_grad_norm: float | None = None,
+        **shared: Unpack[Shared],
     ) -> None:
         if components < 2:
             msg = f"components must be at least 2, ScoreVISGD is the single Gaussian; got {components}"
@@ -94,21 +81,15 @@ class ScoreVIMixture(GradientMethod):
         if len(weights) != components or min(weights) <= 0 or abs(sum(weights) - 1) > 1e-6:
             msg = f"weights must be {components} positive numbers that sum to one; got {weights}"
             raise InvalidInput(msg)
+        for option in ("antithetic", "distributed"):
+            if shared.get(option):
+                msg = f"{option}=True does not go with a mixture, whose draws take the components in turn"
+                raise InvalidInput(msg)
         self.components, self.weights, self._starts = components, weights, starts
-        self._starting = torch.Generator().manual_seed(seed)
+        self._starting = torch.Generator().manual_seed(shared.get("seed", 0))
         self._joint: tuple[Tensor, Tensor] | None = None
-        settings = {"lr": lr, "sd_lr": 10 * lr if sd_lr is None else sd_lr, "components": components, "seed": seed}
-        info = PosteriorInfo(
-            likelihood,
-            int(n_data),
-            float(prior_precision),
-            float(temperature),
-            sigma_noise,
-            "score_vi_mixture",
-            settings,
-        )
-        options = {"prior_mean": prior_mean, "n_samples": n_samples, "seed": seed, "max_grad_norm": max_grad_norm}
-        super().__init__(params, info, lr, sd_lr, init_sd, betas, **options)
+        settings = {"components": components}
+        super().__init__(params, n_data, "score_vi_mixture", settings, lr, sd_lr, init_sd, betas, **shared)
         with torch.no_grad():
             for parameter, _, _ in self._active():
                 parameter.copy_(self.state[parameter]["means"][0])

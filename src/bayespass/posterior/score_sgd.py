@@ -18,16 +18,14 @@ Source: Kim 2026 (arXiv 2602.05873) for the objective; gradients derived here.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from bayespass.errors import InvalidInput, require_positive
-from bayespass.likelihood import Likelihood, SigmaNoise
-from bayespass.posterior.base import PosteriorInfo
 from bayespass.posterior.elbo import GradientMethod, landing_residual
-from bayespass.posterior.method import PriorMean
+from bayespass.posterior.method import Shared
 
 
 class ScoreVISGD(GradientMethod):
@@ -37,19 +35,14 @@ class ScoreVISGD(GradientMethod):
         params: `model.named_parameters()`, or groups `{"params": [(name, p), ...], "lr": ...}`.
         lr: of the mean, for Adam.
         n_data: N, the number of training points.
-        prior_precision: a0 of the prior N(m0, 1/a0).
-        temperature: T, tempers likelihood and prior alike.
         sd_lr: rate of log sigma; ten times `lr` by default.
         init_sd: initial standard deviation; None takes a hundredth of the weights' root mean square.
         prox: weight of KL(q_t || q), relative to the score matching loss.
         inner: steps per outer iteration, each with a fresh batch and fresh noise. Reusing a batch
             inside an iteration shrinks the variance several times.
         betas: of Adam.
-        seed: of the weight noise.
-        likelihood: recorded in the posterior.
-        sigma_noise: recorded in the posterior, for regression.
-        prior_mean: centre m0 of the prior: None for zero, "initial" for the present weights, or by name.
-        n_samples, antithetic, max_grad_norm, distributed: see `TrainingMethod`.
+        shared: prior_precision, temperature, likelihood, sigma_noise, prior_mean, n_samples, antithetic,
+            max_grad_norm, seed and distributed, as in `TrainingMethod`.
 
     Keeps the lagged copy beside q and Adam's moments: eight vectors, six with `inner=1`.
 
@@ -64,41 +57,20 @@ class ScoreVISGD(GradientMethod):
         params: Iterable[Any],
         lr: float,
         n_data: int,
-        prior_precision: float = 1.0,
-        temperature: float = 1.0,
         sd_lr: float | None = None,
         init_sd: float | None = None,
         prox: float = 1.0,
         inner: int = 5,
         betas: tuple[float, float] = (0.9, 0.999),
-        seed: int = 0,
-        likelihood: Likelihood = "classification",
-        sigma_noise: SigmaNoise | None = None,
-        prior_mean: PriorMean = None,
-        n_samples: int = 1,
-        antithetic: bool = False,
-        max_grad_norm: float | None = None,
-        distributed: bool = False,
+        **shared: Unpack[Shared],
     ) -> None:
         if prox < 0:
             msg = f"prox must be 0 or positive; got {prox}"
             raise InvalidInput(msg)
         require_positive(inner=inner)
         self.prox, self.inner = prox, inner
-        settings = {
-            "lr": lr,
-            "sd_lr": 10 * lr if sd_lr is None else sd_lr,
-            "prox": prox,
-            "inner": inner,
-            "antithetic": antithetic,
-            "seed": seed,
-        }
-        info = PosteriorInfo(
-            likelihood, int(n_data), float(prior_precision), float(temperature), sigma_noise, "score_vi_sgd", settings
-        )
-        options = {"prior_mean": prior_mean, "n_samples": n_samples, "antithetic": antithetic, "seed": seed}
-        options |= {"max_grad_norm": max_grad_norm, "distributed": distributed}
-        super().__init__(params, info, lr, sd_lr, init_sd, betas, **options)
+        settings = {"prox": prox, "inner": inner}
+        super().__init__(params, n_data, "score_vi_sgd", settings, lr, sd_lr, init_sd, betas, **shared)
 
     def _initial_state(self, mean: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         state = super()._initial_state(mean, group)
