@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export BAYESPASS_DATA ?= ../shared/data
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow-test lint format benchmark-demo benchmark-zoo benchmark-real-weights benchmark-cost coverage-page clean
+.PHONY: help setup demo test slow-test lint format benchmark-demo benchmark-zoo benchmark-real-weights benchmark-cost benchmark-training coverage-page clean
 
 help: ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -52,6 +52,10 @@ benchmark-real-weights: $(READY) ## ResNet-20 on CIFAR-10 and MiniLM on SST-2 fr
 
 benchmark-cost: $(READY) ## How well `bayespass inspect` predicts costs (2 minutes, on an idle machine); writes benchmarks/results/cost.json.
 	$(BIN)/python benchmarks/cost.py
+
+benchmark-training: $(READY) ## Every training method on images, UCI sets, forecasts (an hour, resumable); writes benchmarks/results/trained_posteriors.json and the tables of docs/training.md.
+	$(BIN)/python benchmarks/trained_posteriors.py
+	$(BIN)/python benchmarks/training_tables.py
 
 coverage-page: $(READY) ## Make docs/coverage.md from the registry and benchmarks/results/zoo.json.
 	$(BIN)/python benchmarks/coverage_page.py

@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import trained_uci
 from rich.console import Console
 
 import trained_cost
 import trained_forecasts
 import trained_images
 import trained_logistic
+import trained_uci
 from bayespass.files import write_json
 from results import ROOT, write_result
 
@@ -95,7 +95,9 @@ def cells(arguments: argparse.Namespace) -> Iterator[tuple[str, str, str, int]]:
 
 def run_cell(part: str, task: str, method: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """One row."""
-    options = {"device": arguments.device, "full": arguments.full} if part == "images" else {}
+    options: dict[str, Any] = {}
+    if part == "images":
+        options = {"device": arguments.device, "full": arguments.full, "cache": CELLS / "networks"}
     row = PARTS[part].run_cell(task, method, seed, arguments.data, **options)
     return {"part": part, "task": task, "method": method, "seed": seed, **row}
 

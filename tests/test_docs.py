@@ -77,3 +77,14 @@ def test_the_coverage_page_is_made_from_the_registry_and_the_result_file():
     result = json.loads((ROOT / "benchmarks" / "results" / "zoo.json").read_text(encoding="utf-8"))
     assert coverage_page.PAGE.read_text(encoding="utf-8") == coverage_page.page(result)
     assert not [row for row in result["table"] if row["status"] == "fails"]
+
+
+def test_the_training_tables_are_the_result_file():
+    """`make benchmark-training` wrote them."""
+    import json
+
+    import training_tables
+
+    text = training_tables.PAGE.read_text(encoding="utf-8")
+    result = json.loads(training_tables.RESULT.read_text(encoding="utf-8"))
+    assert training_tables.with_tables(text, training_tables.tables(result)) == text

@@ -197,9 +197,9 @@ def test_windows_hold_what_follows_them():
 def test_mistakes(inputs):
     with pytest.raises(InvalidInput, match="context must be a multiple of segment"):
         KoopmanForecaster(50, 20, segment=8)
-    with pytest.raises(InvalidInput, match="horizon must be positive"):
+    with pytest.raises(InvalidInput, match="horizon must be a whole"):
         KoopmanForecaster(48, 0)
-    with pytest.raises(InvalidInput, match="channels must be positive"):
+    with pytest.raises(InvalidInput, match="channels must be a whole"):
         GaussianHead(3, 4, channels=0)
     with pytest.raises(InvalidInput, match="variance_floor must be positive"):
         koopman(variance_floor=0.0)

@@ -3,7 +3,7 @@
 Every message follows one pattern: the invariant, what was received, where, and the remedy.
 """
 
-from math import isnan
+from math import inf
 from typing import Any
 
 
@@ -47,13 +47,24 @@ class MissingExtra(BayespassError, ImportError):
 
 
 def require_positive(**values: Any) -> None:
-    """Raise unless every value (or every value of a list) is positive; None passes.
+    """Raise unless every value is a positive, finite number.
 
     Raises:
         InvalidInput: one is not, by name.
     """
     for name, value in values.items():
-        for one in value if isinstance(value, list | tuple) else [value]:
-            if one is not None and not (one > 0 and not isnan(one)):
-                msg = f"{name} must be positive; got {one}"
-                raise InvalidInput(msg)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < inf:
+            msg = f"{name} must be a positive number; got {value!r}"
+            raise InvalidInput(msg)
+
+
+def require_count(**values: Any) -> None:
+    """Raise unless every value is a whole number of at least 1.
+
+    Raises:
+        InvalidInput: one is not, by name.
+    """
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            msg = f"{name} must be a whole number of at least 1; got {value!r}"
+            raise InvalidInput(msg)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayespass.errors import InvalidInput, MissingExtra, require_positive
+from bayespass.errors import InvalidInput, MissingExtra, require_count, require_positive
 
 SMALL_PATCHTST: dict[str, Any] = dict(
     patch_length=16, patch_stride=8, d_model=32, num_attention_heads=4, num_hidden_layers=2, ffn_dim=64
@@ -48,7 +48,7 @@ class GaussianHead(nn.Module):
         self, in_features: int, horizon: int, channels: int | None = None, heteroscedastic: bool = True
     ) -> None:
         super().__init__()
-        require_positive(in_features=in_features, horizon=horizon, channels=channels)
+        require_count(in_features=in_features, horizon=horizon, channels=1 if channels is None else channels)
         axes = [horizon] if channels is None else [horizon, channels]
         self.shape = (*axes, 2) if heteroscedastic else tuple(axes)
         self.linear = nn.Linear(in_features, math.prod(self.shape))
@@ -89,7 +89,8 @@ class PatchForecaster(nn.Module):
         **settings: Any,
     ) -> None:
         super().__init__()
-        require_positive(context=context, horizon=horizon, channels=channels, variance_floor=variance_floor)
+        require_count(context=context, horizon=horizon, channels=channels)
+        require_positive(variance_floor=variance_floor)
         try:
             from transformers import PatchTSTConfig, PatchTSTModel
         except ImportError as error:
@@ -167,7 +168,8 @@ class KoopmanForecaster(nn.Module):
     ) -> None:
         super().__init__()
         sizes = {"context": context, "segment": segment, "embedding": embedding, "hidden": hidden}
-        require_positive(horizon=horizon, variance_floor=variance_floor, **sizes)
+        require_count(horizon=horizon, **sizes)
+        require_positive(variance_floor=variance_floor)
         if context % segment:
             msg = f"context must be a multiple of segment; got {context} and {segment}"
             raise InvalidInput(msg)
@@ -218,7 +220,7 @@ def windows(series: Tensor, context: int, horizon: int, stride: int = 1) -> tupl
     tensor([[3., 4.],
             [4., 5.]])
     """
-    require_positive(context=context, horizon=horizon, stride=stride)
+    require_count(context=context, horizon=horizon, stride=stride)
     length = context + horizon
     if series.dim() not in (1, 2) or len(series) < length:
         msg = f"series must be (T,) or (T, C) with T >= context + horizon = {length}; got {tuple(series.shape)}"

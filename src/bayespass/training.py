@@ -211,7 +211,7 @@ def _step(model: nn.Module, method: Optimizer, window: list[Any], loss: Loss, nu
     values: list[float] = []
 
     def closure() -> Tensor:
-        method.zero_grad()
+        model.zero_grad()  # of the weights that the method leaves alone, too
         total = torch.zeros((), dtype=torch.float64)
         for (inputs, targets), count in zip(batches, rows, strict=True):
             args, kwargs = call_arguments(inputs)

@@ -118,7 +118,7 @@ def test_mistakes_are_named():
         ensemble([network(0), network(1)], names=lambda name: name != "1.bias")
     with pytest.raises(InvalidInput, match="anchor has weight"):
         anchored_penalty({}, anchors(models[0], 1.0, 0), 1.0, 10)
-    with pytest.raises(InvalidInput, match="prior_precision must be positive"):
+    with pytest.raises(InvalidInput, match="prior_precision must be a positive"):
         anchors(models[0], 0.0, 0)
     with pytest.raises(InvalidInput, match="Class labels stay as they are"):
         noised_targets(torch.tensor([1, 2]), 0.5, 0)

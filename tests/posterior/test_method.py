@@ -1,5 +1,6 @@
 """The shape that all training methods share, checked on every one of them."""
 
+import copy
 import io
 
 import pytest
@@ -89,8 +90,7 @@ def test_an_exception_leaves_the_mean(name):
     assert all(parameter.grad is None for parameter in model.parameters())
     with pytest.raises(NotFitted, match="no gradient"):
         method.step()
-    if not method.antithetic:
-        steps(model, method, 1)
+    steps(model, method, 1)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -142,11 +142,16 @@ def test_groups_have_their_own_prior_and_rate(name):
     before = weights(model[2])
     steps(model, method, 3)
     torch.testing.assert_close(weights(model[2]), before, rtol=0, atol=1e-6)
-    assert [group["prior_precision"] for group in method.param_groups] == [500.0, 2.0]
-    other = network()
-    steps(other, make(name, other, lr=1e-12, prior_precision=500.0), 3)
-    mine, theirs = method.posterior().variance["0.weight"], make(name, network()).posterior().variance["0.weight"]
-    assert name.startswith("elbo") or name == "score_vi_sgd" or not torch.equal(mine, theirs)
+    alone = network()
+    both = make(name, alone, prior_precision=500.0)
+    steps(alone, both, 3)  # same noise, so that the first layer differs by the other's fixed weights alone
+    strong, weak = network(), network()
+    for model, precision in ((strong, 500.0), (weak, 2.0)):
+        group = {"params": list(model.named_parameters()), "prior_precision": precision}
+        method = METHODS[name]([group], n_data=60, prior_precision=2.0)
+        steps(model, method, 3)
+    assert torch.equal(weights(strong), weights(alone))
+    assert not torch.equal(weights(strong), weights(weak))
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -252,9 +257,7 @@ def test_a_gradient_scaler_changes_nothing(name):
     steps(plain, one, 3)
     other = make(name, scaled, antithetic=False, n_samples=1)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    for step in range(4):
-        if step == 1:
-            other._draws -= 1  # the overflowed block's noise is drawn again
+    for step in range(4):  # the overflowed block's noise is drawn again
         with other.sampled():
             scaler.scale(loss(scaled) * (float("inf") if step == 0 else 1.0)).backward()
             scaler.unscale_(other)
@@ -298,15 +301,172 @@ def test_rounding_wider_than_the_posterior_warns():
         loss(model).backward()
 
 
-def test_state_between_draw_and_step_is_refused():
-    model = network()
-    method = make("ivon", model)
+def test_a_state_is_that_of_the_last_step():
+    """Draws since then are not in it, as gradients never are: resuming makes them again, the same."""
+    model, resumed = network(), network(seed=1)
+    method, again = make("ivon", model), make("ivon", resumed, seed=5)
+    steps(model, method, 2)
     with method.sampled():
         loss(model).backward()
-        with pytest.raises(NotFitted, match="save after step"):
+        with pytest.raises(NotFitted, match="inside"):
             method.state_dict()
-    with pytest.raises(NotFitted, match="save after step"):
-        method.state_dict()
+    state = copy.deepcopy(method.state_dict())
+    resumed.load_state_dict(model.state_dict())
+    again.load_state_dict(state)
+    method.step()
+    steps(resumed, again, 1)
+    assert torch.equal(weights(model), weights(resumed))
+
+
+@pytest.mark.parametrize(
+    "change", [{"n_data": 61}, {"temperature": 0.5}, {"antithetic": True}, {"hess_approx": "gradsq", "batch_size": 4}]
+)
+def test_a_state_of_other_settings_is_refused(change):
+    state = make("ivon", network()).state_dict()
+    with pytest.raises(InvalidInput, match=next(iter(change))):
+        make("ivon", network(), **change).load_state_dict(state)
+    with pytest.raises(InvalidInput, match="another optimizer"):
+        make("ivon", network()).load_state_dict(torch.optim.AdamW(network().parameters()).state_dict())
+    with pytest.raises(InvalidInput, match="class"):
+        make("ivon", network()).load_state_dict(make("elbo", network(), antithetic=False).state_dict())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_after_an_interrupt_training_goes_on_as_if_nothing_had_happened(name):
+    """In a block, between the halves of a pair, or in a closure: the next draws are the ones that were lost."""
+    straight, interrupted = network(), network()
+    method, other = make(name, straight), make(name, interrupted)
+    steps(straight, method, 3)
+    steps(interrupted, other, 1)
+    with pytest.raises(KeyboardInterrupt), other.sampled():
+        raise KeyboardInterrupt
+    steps(interrupted, other, 1)
+    calls = []
+
+    def closure():
+        calls.append(1)
+        value = loss(interrupted)
+        value.backward()
+        if len(calls) == other.n_samples:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        other.step(closure)
+    steps(interrupted, other, 1)
+    assert torch.equal(weights(straight), weights(interrupted))
+    assert torch.equal(variances(method), variances(other))
+
+
+def test_parameters_are_named_once():
+    one, two = nn.Linear(2, 1), nn.Linear(2, 1)
+    with pytest.raises(InvalidInput, match="two parameters are called weight"):
+        METHODS["ivon"]([{"params": list(one.named_parameters())}, {"params": list(two.named_parameters())}], n_data=3)
+    two.weight = one.weight
+    tied = nn.Sequential(one, two)
+    with pytest.raises(InvalidInput, match="comes twice"):
+        METHODS["ivon"](tied.named_parameters(remove_duplicate=False), n_data=3)
+    method = METHODS["ivon"](one.named_parameters(), n_data=3)
+    with pytest.raises(InvalidInput, match="comes twice"):
+        method.add_param_group({"params": [("other", one.bias)]})
+    with pytest.raises(InvalidInput, match="prior_precision"):
+        method.add_param_group({"params": [("other", two.bias)], "prior_precision": -5.0})
+    method.add_param_group({"params": [("other", two.bias)], "prior_precision": 7.0})
+    assert method.posterior().names == ("weight", "bias", "other")
+
+
+@pytest.mark.parametrize(
+    ("params", "match"),
+    [(nn.Linear(1, 1), "named_parameters"), ({"w": 1}, "dict"), ([], "no parameter"), ([nn.Parameter(torch.ones(1))], "names")],
+)  # fmt: skip
+def test_what_is_no_list_of_parameters_is_refused(params, match):
+    with pytest.raises(InvalidInput, match=match):
+        METHODS["ivon"](params, n_data=3)
+
+
+def test_complex_and_sparse():
+    with pytest.raises(InvalidInput, match="complex"):
+        METHODS["ivon"]([("w", nn.Parameter(torch.ones(2, dtype=torch.cfloat)))], n_data=3)
+    results = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model = nn.Embedding(5, 3, sparse=sparse)
+        method = make("ivon", model)
+        with method.sampled():
+            model(torch.tensor([1, 2, 2])).square().mean().backward()
+        method.step()
+        results.append((weights(model), variances(method)))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("prior_mean", ["init", torch.zeros(2), {"typo": torch.zeros(2)}])
+def test_a_prior_mean_that_means_nothing_is_refused(prior_mean):
+    with pytest.raises(InvalidInput, match="prior_mean"):
+        make("ivon", network(), prior_mean=prior_mean)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_state_follows_the_model(name):
+    """To another dtype after the method was made."""
+    model = network()
+    method = make(name, model)
+    steps(model, method, 1)
+    for dtype in (torch.float64, torch.bfloat16, torch.float32):
+        model.to(dtype)
+        steps(model, method, 1)
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        state = method.state[model[0].weight]
+        assert all(value.dtype == exact for key, value in state.items() if key != "step")
+        assert ("mean" in state) == (dtype == torch.bfloat16)
+
+
+def test_copies_go_on_alone():
+    model = network()
+    method = make("ivon", model)
+    steps(model, method, 1)
+    twin, its_model = copy.deepcopy((method, model))
+    steps(its_model, twin, 2)
+    assert not torch.equal(weights(model), weights(its_model))
+    steps(model, method, 2)
+    assert torch.equal(weights(model), weights(its_model))
+
+
+def test_gradients_in_memory_that_others_own_are_copied():
+    """As DDP's buckets: a later backward pass writes over what an earlier draw left."""
+    model = network()
+    method, buffers = make("ivon", model), {}
+    for scale in (1.0, 3.0):
+        with method.sampled():
+            (loss(model) * scale).backward()
+            for parameter in model.parameters():
+                buffer = buffers.setdefault(parameter, torch.zeros_like(parameter))
+                buffer.copy_(parameter.grad)
+                parameter.grad = buffer
+        if scale == 1.0:
+            first = method._drawn[model[0].weight][1].clone()
+    other = network()
+    second = make("ivon", other)
+    second._draws = 1
+    with second.sampled():
+        (loss(other) * 3.0).backward()
+    expected = (first + second._drawn[other[0].weight][1]) / 2
+    torch.testing.assert_close(method._drawn[model[0].weight][1], expected)
+
+
+def test_a_closure_may_skip_a_batch():
+    model = network()
+    method = make("ivon", model)
+    before = weights(model)
+    assert method.step(lambda: None) is None
+    assert torch.equal(weights(model), before)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, on compiling
+def test_compiled_names_are_the_models_own():
+    model = network()
+    compiled = torch.compile(model)
+    assert any("_orig_mod" in name for name, _ in compiled.named_parameters())
+    make("ivon", compiled).posterior().check_model(model)
 
 
 def test_equal_seeds_give_equal_noise_and_streams_differ():

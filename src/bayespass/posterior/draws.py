@@ -1,6 +1,8 @@
 """Where the noise of a draw comes from, and how draws are averaged over ranks and updated in chunks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -77,3 +79,40 @@ def chunks(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
         run.append(parameter)
     if run:
         yield run
+
+
+def any_rank(problem: bool) -> bool:
+    """Whether any rank has a problem, so that all stop together."""
+    flag = torch.tensor(float(problem))
+    if dist.get_backend() == "nccl":
+        flag = flag.cuda()
+    dist.all_reduce(flag)
+    return bool(flag > 0)
+
+
+@contextmanager
+def exact_arithmetic(active: list[tuple[Tensor, dict[str, Any], str]]) -> Iterator[None]:
+    """No autocast inside: a block opened under it still updates float32 state."""
+    with ExitStack() as stack:
+        for kind in {parameter.device.type for parameter, _, _ in active}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+def add_draw(drawn: Drawn, parameter: Tensor, first: Tensor, second: Tensor) -> None:
+    """Count one more draw into the running means of a parameter."""
+    count = 0
+    if parameter in drawn:
+        count, old_first, old_second = drawn[parameter]
+        first, second = old_first.lerp_(first, 1 / (count + 1)), old_second.lerp_(second, 1 / (count + 1))
+    drawn[parameter] = (count + 1, first, second)
+
+
+def first_not_finite(gradients: Iterable[tuple[str, Tensor]]) -> str | None:
+    """The name of the first gradient with a NaN or an infinity, in one transfer from the device."""
+    found = [(name, g.detach().coalesce().values() if g.is_sparse else g.detach()) for name, g in gradients]
+    found = [(name, gradient) for name, gradient in found if gradient.numel()]
+    if not found:
+        return None
+    finite = torch.isfinite(torch.stack([g.abs().max().float().to(found[0][1].device) for _, g in found])).tolist()
+    return None if all(finite) else found[finite.index(False)][0]

@@ -1,7 +1,7 @@
 """Mean-field variational inference by gradients of the ELBO: Bayes by backprop, or ADVI.
 
-Maximises E_q[log p(D | theta)] / T - KL(q || prior) / T-tempered alike for q = N(m, sigma^2), with Adam
-on m and log sigma. Everything is divided by N / T, so that with delta = a0 / N and a loss that is
+Maximises (E_q[log p(D | theta)] + E_q[log prior]) / T + entropy of q, for q = N(m, sigma^2), with Adam on
+m and log sigma. Everything is divided by N / T, so that with delta = a0 / N and a loss that is
 the MEAN negative log-likelihood of the batch, one draw theta = m + sigma eps gives
 
     closed entropy:        d/dm = G + delta (m - m0)
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.optim.adam import adam
 
 from bayespass.errors import InvalidInput, require_positive
+from bayespass.posterior.groups import check_rates
 from bayespass.posterior.local import LocalReparametrization
 from bayespass.posterior.mean_field import DiagonalGaussian
 from bayespass.posterior.method import Shared, TrainingMethod
@@ -63,10 +64,8 @@ class GradientMethod(TrainingMethod):
         betas: tuple[float, float],
         **shared: Unpack[Shared],
     ) -> None:
-        require_positive(lr=lr, sd_lr=sd_lr, init_sd=init_sd)
-        if not all(0 <= beta < 1 for beta in betas):
-            msg = f"betas must lie in [0, 1); got {betas}"
-            raise InvalidInput(msg)
+        check_rates({"lr": lr, "betas": betas})
+        require_positive(**{k: v for k, v in {"sd_lr": sd_lr, "init_sd": init_sd}.items() if v is not None})
         ratio = 10.0 if sd_lr is None else sd_lr / lr
         defaults = {"lr": lr, "sd_lr_ratio": ratio, "init_sd": init_sd, "betas": betas, "eps": 1e-8}
         settings = {"lr": lr, "sd_lr": lr * ratio, **settings}
@@ -143,9 +142,11 @@ class MeanFieldVI(GradientMethod):
             tensor by tensor.
         gradient: "closed" (entropy in closed form) or "stl" (sticking the landing, no noise left where
             q fits the posterior).
-        local: a model whose `nn.Linear` and `nn.Conv1d/2d/3d` layers sample their outputs instead of
-            their weights, independently for every row: far less noise in the gradients. Layers that
-            share weights are drawn as usual; one forward pass per block, and only with "closed".
+        local: a module whose `nn.Linear` layers sample their outputs instead of their weights,
+            independently for every row: far less noise in the gradients. Each layer must see one vector
+            per row, (B, features); positions of a row share one draw of the weights, so that tokens and
+            convolutions have to be drawn as usual: pass the part of the model, such as its head, where
+            the layer allows it. One forward pass per block; only with "closed".
         betas: of Adam.
         shared: prior_precision, temperature, likelihood, sigma_noise, prior_mean, n_samples, antithetic,
             max_grad_norm, seed and distributed, as in `TrainingMethod`.

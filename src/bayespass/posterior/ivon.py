@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from bayespass.errors import InvalidInput, require_positive
+from bayespass.errors import InvalidInput, require_count
+from bayespass.posterior.groups import check_rates
 from bayespass.posterior.mean_field import DiagonalGaussian
 from bayespass.posterior.method import Shared, TrainingMethod
 
@@ -67,7 +68,8 @@ class IVON(TrainingMethod):
             max_grad_norm, seed and distributed, as in `TrainingMethod`.
 
     With one draw per step the correction term raises the stationary precision by a factor of about
-    1 + (1 - b2) / 2 (N / B + 2) for batches of B rows; an antithetic pair on one batch removes most of it.
+    1 + (1 - b2) / 2 (N / (T B) + 2) for batches of B rows; an antithetic pair on one batch removes most of
+    it. Very cold temperatures therefore ask for a b2 that is closer to 1 still.
 
     Raises:
         InvalidInput: parameters without names, or a value outside its range.
@@ -88,10 +90,9 @@ class IVON(TrainingMethod):
         batch_size: int | None = None,
         **shared: Unpack[Shared],
     ) -> None:
-        require_positive(lr=lr, hess_init=hess_init, clip_radius=clip_radius, batch_size=batch_size)
-        if not all(0 <= beta < 1 for beta in betas):
-            msg = f"betas must lie in [0, 1); got {betas}"
-            raise InvalidInput(msg)
+        check_rates({"lr": lr, "hess_init": hess_init, "betas": betas, "clip_radius": clip_radius})
+        if batch_size is not None:
+            require_count(batch_size=batch_size)
         if hess_approx not in ("price", "gradsq"):
             msg = f"hess_approx must be 'price' or 'gradsq'; got {hess_approx!r}"
             raise InvalidInput(msg)
@@ -108,6 +109,7 @@ class IVON(TrainingMethod):
             "clip_radius": "inf" if clip_radius == float("inf") else clip_radius,
             "rescale_lr": rescale_lr,
             "hess_approx": hess_approx,
+            "batch_size": batch_size,
         }
         self.hess_approx, self.batch_size = hess_approx, batch_size
         defaults = {"lr": lr, "hess_init": hess_init, "betas": betas}
@@ -156,6 +158,7 @@ class IVON(TrainingMethod):
         Raises:
             InvalidInput: it has no moments for a parameter.
         """
+        require_count(batch_size=batch_size)
         for parameter, group, name in self._active():
             theirs = optimizer.state.get(parameter, {})
             if "exp_avg_sq" not in theirs:

@@ -1,8 +1,10 @@
 """Local reparametrisation: layers that sample their outputs instead of their weights.
 
-The output of a linear layer or convolution with independent Gaussian weights is Gaussian given its
-input: mean layer(x; m) and variance layer(x^2; sigma^2). Sampling it row by row gives the same
-expected gradients with much less noise, because rows no longer share one draw of the weights.
+The output of a linear layer with independent Gaussian weights is Gaussian given its input: mean
+layer(x; m) and variance layer(x^2; sigma^2). Sampling it row by row gives the same expected gradients
+with much less noise, because rows no longer share one draw of the weights. Positions of one row do
+share it: sampling tokens or the places of a convolution independently would be another model, with a
+variance many times too wide, so such layers are refused.
 
 Source: Kingma, Salimans and Welling 2015 (arXiv 1506.02557).
 """
@@ -16,14 +18,12 @@ from torch.nn import functional as F
 
 from bayespass.errors import InvalidInput
 
-CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
-
 
 class LocalReparametrization:
     """Adds Gaussian noise to the outputs of eligible layers while a block is open.
 
-    Eligible are `nn.Linear` and zero-padded convolutions of exactly these classes whose weight is
-    random and used by no other module. `parameter in local` tells which parameters it takes over;
+    Eligible are `nn.Linear` layers of exactly this class whose weight is random and used by no other
+    module. `parameter in local` tells which parameters it takes over;
     `variance` holds theirs, set before `begin`.
 
     Args:
@@ -44,12 +44,12 @@ class LocalReparametrization:
         self._taken: set[int] = set()
         for path, module in model.named_modules():
             own = [p for p in (getattr(module, "weight", None), getattr(module, "bias", None)) if p is not None]
-            if _linear_map(module) is None or any(owners[id(p)] > 1 for p in own) or id(own[0]) not in wanted:
+            if type(module) is not nn.Linear or any(owners[id(p)] > 1 for p in own) or id(own[0]) not in wanted:
                 continue
             self.layers[module] = path
             self._taken |= {id(p) for p in own if id(p) in wanted}
         if not self.layers:
-            msg = "local names a model without an nn.Linear or nn.Conv layer whose weight is random and its own"
+            msg = "local names a model without an nn.Linear layer whose weight is random and its own"
             raise InvalidInput(msg)
         self.variance: dict[Tensor, Tensor] = {}
         self._hooks: list[Any] = []
@@ -83,7 +83,8 @@ class LocalReparametrization:
         if variance.grad is None:
             msg = (
                 "a layer's weight has a gradient although the layer was never called as a module (its weight is read "
-                "directly); local reparametrisation cannot sample it, pass local=None"
+                "directly); local reparametrisation cannot sample it (nor can it a layer compiled "
+                "before), pass local=None"
             )
             raise InvalidInput(msg)
         return 2 * variance.detach() * variance.grad
@@ -97,27 +98,20 @@ class LocalReparametrization:
                     f"one forward pass per sampled(), or local=None for models that reuse a layer"
                 )
                 raise InvalidInput(msg)
+            if args[0].dim() != 2:
+                shape = tuple(args[0].shape)
+                msg = (
+                    f"layer {self.layers[module]!r} sees inputs of shape {shape}, whose positions share one draw of "
+                    f"the weights; pass local= the part of the model whose layers see one vector per row, or None"
+                )
+                raise InvalidInput(msg)
             weight, bias = module.weight, module.bias  # type: ignore[union-attr]
             zero = None if bias is None else torch.zeros_like(bias)  # type: ignore[arg-type]
             bias_variance = zero if bias is None else self.variance.get(bias, zero)  # type: ignore[arg-type]
-            spread = _linear_map(module)(args[0].square(), self.variance[weight], bias_variance)  # type: ignore[misc,index]
+            spread = F.linear(args[0].square(), self.variance[weight], bias_variance)  # type: ignore[index]
             noise = torch.randn(
                 output.shape, generator=generator(output.device), dtype=output.dtype, device=output.device
             )
             return output + noise * spread.clamp_min(torch.finfo(spread.dtype).tiny).sqrt()
 
         return hook
-
-
-def _linear_map(module: nn.Module) -> Callable[..., Tensor] | None:
-    """The layer as a function of input, weight and bias; None for other modules."""
-    if type(module) is nn.Linear:
-        return F.linear
-    convolution = CONVOLUTIONS.get(type(module))  # type: ignore[arg-type]
-    if convolution is None or module.padding_mode != "zeros":
-        return None
-
-    def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return convolution(x, weight, bias, module.stride, module.padding, module.dilation, module.groups)  # type: ignore[arg-type]
-
-    return convolve

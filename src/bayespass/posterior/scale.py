@@ -11,7 +11,7 @@ words, and getting one of them wrong tempers a posterior silently.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from bayespass.errors import InvalidInput, require_positive
+from bayespass.errors import InvalidInput, require_count, require_positive
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Scale:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        require_positive(n_data=self.n_data, prior_precision=self.prior_precision, temperature=self.temperature)
+        require_count(n_data=self.n_data)
+        require_positive(prior_precision=self.prior_precision, temperature=self.temperature)
 
     @property
     def data_weight(self) -> float:
@@ -80,6 +81,8 @@ class Scale:
         if set(arguments) != set(spelling.arguments):
             msg = f"{library} is set by {', '.join(spelling.arguments)}; got {', '.join(arguments) or 'nothing'}"
             raise InvalidInput(msg)
+        require_count(n_data=n_data)
+        require_positive(**{name: value for name, value in arguments.items() if name != "weight_decay" or value != 0})
         data_weight, prior_weight = spelling.weights(n_data, arguments)
         temperature = n_data / data_weight
         return cls(n_data, _round(prior_weight * temperature), _round(temperature))

@@ -21,7 +21,6 @@ far too small.
 Source: Kim 2026 (arXiv 2602.05873) for the objective; its closed form and bias laws are derived here.
 """
 
-import math
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Unpack
@@ -29,16 +28,16 @@ from typing import Any, Literal, Unpack
 import torch
 from torch import Tensor
 
-from bayespass.errors import InvalidInput, require_positive
+from bayespass.errors import InvalidInput, require_count, require_positive
 from bayespass.posterior.base import Posterior
 from bayespass.posterior.draws import average
+from bayespass.posterior.groups import check_rates
 from bayespass.posterior.kronecker import KroneckerGaussian
 from bayespass.posterior.mean_field import DiagonalGaussian
 from bayespass.posterior.method import Shared, TrainingMethod
 
-SWEEPS = 4  # of the coupled fixed point
+BISECTIONS = 50  # of the coupled equation, on a logarithmic scale
 GRAM_HORIZON = 1000  # draws that the gradients' covariance averages over
-FAR = 10.0  # pulls beyond this many standard deviations of minibatch noise are no noise
 
 
 class ScoreVI(TrainingMethod):
@@ -62,7 +61,7 @@ class ScoreVI(TrainingMethod):
         init_sd: initial standard deviation; None takes a hundredth of the weights' root mean square,
             tensor by tensor.
         coupled: solve for mean and precision together, with one eta, `lr`. Minibatch noise in the mean's
-            step then counts as curvature: v is too small by 1 + eta N / B for batches of B rows.
+            step then counts as curvature: v is too small by 1 + eta N / (T B) for batches of B rows.
         momentum: of the score; 0 keeps no third vector.
         hessian_structure: "diag", or "kron": diagonal in an orthogonal basis per weight matrix that
             follows the gradients' row and column covariance.
@@ -79,7 +78,8 @@ class ScoreVI(TrainingMethod):
         InvalidInput: parameters without names, or a value outside its range.
 
     Warns:
-        UserWarning: a rate that breaks the bias rules (eta N / B <= 0.02 coupled, eta <= 0.005
+        UserWarning: a rate at which the noise of the curvature can make the run diverge, or that breaks
+            the bias rules (eta N / (T B) <= 0.02 coupled, eta <= 0.005
             decoupled), or a start so far from the optimum that the variance would collapse.
 
     Source: arXiv 2602.05873; docs/training.md.
@@ -100,8 +100,12 @@ class ScoreVI(TrainingMethod):
         batch_size: int | None = None,
         **shared: Unpack[Shared],
     ) -> None:
-        require_positive(lr=lr, precision_lr=precision_lr, init_sd=init_sd, batch_size=batch_size)
-        require_positive(basis_every=basis_every, max_basis=max_basis)
+        check_rates({"lr": lr, "precision_lr": precision_lr})
+        require_count(basis_every=basis_every, max_basis=max_basis)
+        if init_sd is not None:
+            require_positive(init_sd=init_sd)
+        if batch_size is not None:
+            require_count(batch_size=batch_size)
         if not 0 <= momentum < 1:
             msg = f"momentum must lie in [0, 1); got {momentum}"
             raise InvalidInput(msg)
@@ -109,7 +113,7 @@ class ScoreVI(TrainingMethod):
             msg = f"hessian_structure must be 'diag' or 'kron'; got {hessian_structure!r}"
             raise InvalidInput(msg)
         if coupled and batch_size is None:
-            msg = "coupled=True needs batch_size, the rows per batch: its bias is eta N / B"
+            msg = "coupled=True needs batch_size, the rows per batch: its bias is eta N / (T B)"
             raise InvalidInput(msg)
         self.coupled, self.momentum, self.batch_size = coupled, momentum, batch_size
         self.hessian_structure, self.basis_every, self.max_basis = hessian_structure, basis_every, max_basis
@@ -119,8 +123,9 @@ class ScoreVI(TrainingMethod):
             "coupled": coupled,
             "momentum": momentum,
             "hessian_structure": hessian_structure,
+            "basis_every": basis_every,
+            "max_basis": max_basis,
         }
-        self._checked_start = False
         defaults = {"lr": lr, "precision_lr": precision_lr, "init_sd": init_sd}
         super().__init__(params, n_data, "score_vi", settings, defaults, **shared)
         self._check_bias(lr, precision_lr)
@@ -129,23 +134,31 @@ class ScoreVI(TrainingMethod):
         if self.batch_size is not None and self.batch_size >= self.info.n_data:
             return
         if self.coupled:
-            bias = lr * self.info.n_data / (self.batch_size or self.info.n_data)
+            bias = lr * self.data_weight / (self.batch_size or self.info.n_data)
             if bias > 0.02:
                 msg = (
-                    f"coupled score-based VI makes variances too small by 1 + lr N / batch_size = {1 + bias:.3f}; "
+                    f"coupled score-based VI makes variances too small by 1 + lr N / (T batch_size) = {1 + bias:.3f}; "
                     f"lower lr, use larger batches or coupled=False"
                 )
                 warnings.warn(msg, UserWarning, stacklevel=3)
+        elif 4 * precision_lr * (self.data_weight / (self.batch_size or self.info.n_data)) ** 0.5 > 0.5:
+            msg = (
+                f"one draw's curvature moves the precision by more than half at precision_lr = {precision_lr}: its "
+                f"noise is about sqrt(N / (T batch_size)). Lower precision_lr, take larger batches or antithetic pairs"
+            )
+            warnings.warn(msg, UserWarning, stacklevel=3)
         elif precision_lr > 0.005:
             msg = f"precision_lr = {precision_lr} biases the variance by several percent on minibatches; use <= 0.005"
             warnings.warn(msg, UserWarning, stacklevel=3)
+
+    warns_of_far_starts = True
 
     def _initial_state(self, mean: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         sd = group["init_sd"] if group["init_sd"] is not None else initial_sd(mean)
         state = {"precision": torch.full_like(mean, sd**-2)}
         if self.momentum:
             state["momentum"] = torch.zeros_like(mean)
-        if self.hessian_structure == "kron" and mean.dim() > 1:
+        if self.hessian_structure == "kron" and mean.dim() > 1 and mean.numel():
             rows, columns = mean.shape[0], mean[0].numel()
             for side, size in (("left", rows), ("right", columns)):
                 if size <= self.max_basis:
@@ -174,7 +187,7 @@ class ScoreVI(TrainingMethod):
     ) -> tuple[Tensor, Tensor]:
         state = self.state[parameter]
         matrix = gradient.flatten(1) if gradient.dim() > 1 else gradient
-        rate = 1 / min(self._draws, GRAM_HORIZON)
+        rate = 1 / min(self._draws + 1, GRAM_HORIZON)
         if "left" in state:  # per draw: in the average of an antithetic pair the curvature's share cancels
             state["left_gram"].lerp_(matrix @ matrix.T, rate)
         if "right" in state:
@@ -186,8 +199,6 @@ class ScoreVI(TrainingMethod):
     def _update(
         self, group: dict[str, Any], parameters: list[Tensor], first: list[Tensor], second: list[Tensor]
     ) -> None:
-        if not self._checked_start:
-            self._check_start(group, parameters, first)
         states = [self.state[parameter] for parameter in parameters]
         scores = torch._foreach_mul(first, -self.data_weight)
         if self.momentum:
@@ -208,19 +219,6 @@ class ScoreVI(TrainingMethod):
             state["precision"].mul_(ratio)
             if ("left" in state or "right" in state) and int(state["step"]) % self.basis_every == 0:
                 self._refresh_basis(state)
-
-    def _check_start(self, group: Mapping[str, Any], parameters: list[Tensor], first: list[Tensor]) -> None:
-        self._checked_start = True
-        pulls = [
-            (self._sd(p, group) * g * self.data_weight).square().sum() for p, g in zip(parameters, first, strict=True)
-        ]
-        pull = math.sqrt(float(torch.stack(pulls).sum()) / sum(p.numel() for p in parameters))
-        if pull > FAR * math.sqrt(self.data_weight / (self.batch_size or 1)):
-            msg = (
-                f"the weights start far from the optimum: the data pull them by {pull:.0f} standard deviations, and "
-                f"the variance may collapse on the way; train them first, or choose a smaller init_sd"
-            )
-            warnings.warn(msg, UserWarning, stacklevel=4)
 
     def _refresh_basis(self, state: dict[str, Tensor]) -> None:
         """Turn the basis to the gradients' row and column covariance and re-express the precision in it."""
@@ -266,11 +264,18 @@ def closed_form(
     if not coupled:
         ratio = precision_ratio(curvature, precision_lr)
         return pull.div_((ratio * (2 * lr)).add_(1)), ratio
-    ratio = torch.ones_like(variance)
-    for _ in range(SWEEPS):
+
+    def answer(ratio: Tensor) -> Tensor:  # falls with ratio, so that it meets it once
         moved = pull / (1 + 2 * lr * ratio)
-        ratio = precision_ratio(curvature + moved.square() / (variance * 4 * lr), lr)
-    return pull / (1 + 2 * lr * ratio), ratio
+        return precision_ratio(curvature + moved.square() / (variance * 4 * lr), lr)
+
+    low = precision_ratio(curvature, lr)
+    high = answer(low)
+    for _ in range(BISECTIONS):
+        middle = (low * high).sqrt()
+        above = answer(middle) > middle
+        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    return pull / (1 + 2 * lr * high), high
 
 
 def precision_ratio(curvature: Tensor, eta: float) -> Tensor:

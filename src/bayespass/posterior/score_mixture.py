@@ -26,6 +26,7 @@ from bayespass.posterior.elbo import GradientMethod
 from bayespass.posterior.mean_field import DiagonalGaussian
 from bayespass.posterior.method import Shared
 from bayespass.posterior.mixture import Mixture
+from bayespass.posterior.sampled import Active
 from bayespass.posterior.score_matching import initial_sd
 
 
@@ -88,7 +89,7 @@ class ScoreVIMixture(GradientMethod):
         self.components, self.weights, self._starts = components, weights, starts
         self._starting = torch.Generator().manual_seed(shared.get("seed", 0))
         self._joint: tuple[Tensor, Tensor] | None = None
-        settings = {"components": components}
+        settings = {"components": components, "weights": ", ".join(f"{weight:.6g}" for weight in weights)}
         super().__init__(params, n_data, "score_vi_mixture", settings, lr, sd_lr, init_sd, betas, **shared)
         with torch.no_grad():
             for parameter, _, _ in self._active():
@@ -114,9 +115,16 @@ class ScoreVIMixture(GradientMethod):
             state[key] = torch.zeros_like(apart)
         return state
 
+    def _draw(self, active: Active) -> None:
+        for parameter, _, name in active if self._draws == 0 else ():
+            if not torch.equal(parameter, self.state[parameter]["means"][0].to(parameter.dtype)):
+                msg = f"{name} was changed after the mixture was made, which keeps means of its own; make it afterwards"
+                raise InvalidInput(msg)
+        super()._draw(active)
+
     @property
     def _component(self) -> int:
-        """The component of the draw under way, or of the next one outside `_collect`."""
+        """The component of the draw under way, or of the next one."""
         return self._draws % self.components
 
     def _centre(self, parameter: Tensor) -> Tensor:
@@ -131,38 +139,43 @@ class ScoreVIMixture(GradientMethod):
         state = self.state[parameter]
         return (state["means"] - theta) * (-2 * state["log_sds"]).exp()
 
-    def _collect(self, active: list[tuple[Tensor, dict[str, Any], str]], saved: list[Tensor | None]) -> None:
+    def _collect(self, active: Active, saved: list[Tensor | None]) -> None:
         """First what all weights share: responsibilities r_k and the coefficients c_k."""
-        drawn = (self._draws - 1) % self.components
+        drawn = self._component
         logits = torch.tensor(self.weights, dtype=torch.float64).log()
         theta = {}
         for parameter, _, _ in active:
             state = self.state[parameter]
             theta[parameter] = parameter.detach().to(state["means"].dtype, copy=True)
             standard = (theta[parameter] - state["means"]) * (-state["log_sds"]).exp()
-            logits += -(standard.square() / 2 + state["log_sds"]).double().flatten(1).sum(1).cpu()
+            logits += -(standard.square() / 2 + state["log_sds"]).double().reshape(self.components, -1).sum(1).cpu()
         shares = logits.softmax(0)
         products, total = torch.zeros(self.components, dtype=torch.float64), 0.0
         for parameter, group, _ in active:
             if parameter.grad is None:
                 continue
-            error, scores = self._error(parameter, group, theta[parameter], drawn, shares)
-            each = (error * scores).double().flatten(1).sum(1).cpu()
+            error, scores = self._error(parameter, group, parameter.grad, theta[parameter], drawn, shares)
+            each = (error * scores).double().reshape(self.components, -1).sum(1).cpu()
             products += each
             total += float((shares * each).sum())
         self._joint, self._theta = (shares, products - total), theta
         super()._collect(active, saved)
 
     def _error(
-        self, parameter: Tensor, group: Mapping[str, Any], theta: Tensor, drawn: int, shares: Tensor
+        self,
+        parameter: Tensor,
+        group: Mapping[str, Any],
+        gradient: Tensor,
+        theta: Tensor,
+        drawn: int,
+        shares: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """e = v_t (g - s) over N / T, and a_k."""
         scores = self._scores(parameter, theta)
         score = torch.tensordot(shares.to(scores), scores, 1)
         state = self.state[parameter]
         prior = theta - state["prior_mean"] if "prior_mean" in state else theta
-        assert parameter.grad is not None
-        residual = parameter.grad.to(theta.dtype).add(prior, alpha=self._weight_decay(group))
+        residual = gradient.to(theta.dtype).add(prior, alpha=self._weight_decay(group))
         residual.add_(score, alpha=1 / self.data_weight)
         return residual.mul_((2 * state["log_sds"][drawn]).exp()), scores
 
@@ -172,10 +185,8 @@ class ScoreVIMixture(GradientMethod):
         del noise
         assert self._joint is not None
         shares, coefficients = self._joint
-        state, drawn = self.state[parameter], (self._draws - 1) % self.components
-        parameter.grad = gradient
-        error, scores = self._error(parameter, group, self._theta.pop(parameter), drawn, shares)
-        parameter.grad = None
+        state, drawn = self.state[parameter], self._component
+        error, scores = self._error(parameter, group, gradient, self._theta.pop(parameter), drawn, shares)
         column = (self.components, *[1] * error.dim())
         share, coefficient = (value.to(scores).view(column) for value in (shares, coefficients))
         inverse = (-2 * state["log_sds"]).exp()
@@ -192,6 +203,8 @@ class ScoreVIMixture(GradientMethod):
         )
         for parameter, state in zip(parameters, states, strict=True):
             parameter.copy_(state["means"][0])
+            if "mean" in state:
+                state["mean"].copy_(state["means"][0])
 
     def _posterior(self, means: dict[str, Tensor], parameters: dict[str, tuple[Tensor, dict[str, Any]]]) -> Mixture:
         del means

@@ -17,15 +17,19 @@ a_k = -(theta - m_k) / v_k and responsibilities r_k over all weights jointly.
 Source: Kim 2026 (arXiv 2602.05873) for the objective; gradients derived here.
 """
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from bayespass.errors import InvalidInput, require_positive
+from bayespass.errors import InvalidInput, require_count
 from bayespass.posterior.elbo import GradientMethod, landing_residual
 from bayespass.posterior.method import Shared
+from bayespass.posterior.sampled import Active
+
+FIRM = 10.0  # a proximal weight at which the mean is still a standard deviation off after 50 inner steps
 
 
 class ScoreVISGD(GradientMethod):
@@ -49,6 +53,9 @@ class ScoreVISGD(GradientMethod):
     Raises:
         InvalidInput: parameters without names, or a value outside its range.
 
+    Warns:
+        UserWarning: a start far from the optimum, or a proximal weight that holds the mean back.
+
     Source: arXiv 2602.05873; docs/training.md.
     """
 
@@ -64,13 +71,24 @@ class ScoreVISGD(GradientMethod):
         betas: tuple[float, float] = (0.9, 0.999),
         **shared: Unpack[Shared],
     ) -> None:
-        if prox < 0:
-            msg = f"prox must be 0 or positive; got {prox}"
+        if not (isinstance(prox, int | float) and 0 <= prox < float("inf")):
+            msg = f"prox must be 0 or a positive number; got {prox!r}"
             raise InvalidInput(msg)
-        require_positive(inner=inner)
+        require_count(inner=inner)
+        if prox > FIRM and inner > 1:
+            msg = f"prox = {prox} holds the mean back so firmly that it lags behind; use about 1, with fresh batches"
+            warnings.warn(msg, UserWarning, stacklevel=2)
         self.prox, self.inner = prox, inner
         settings = {"prox": prox, "inner": inner}
         super().__init__(params, n_data, "score_vi_sgd", settings, lr, sd_lr, init_sd, betas, **shared)
+
+    warns_of_far_starts = True
+
+    def _draw(self, active: Active) -> None:
+        if self._draws == 0 and self.inner > 1:  # weights may have been loaded since
+            for parameter, _, _ in active:
+                self.state[parameter]["lagged_mean"].copy_(self._mean(parameter))
+        super()._draw(active)
 
     def _initial_state(self, mean: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         state = super()._initial_state(mean, group)

@@ -34,7 +34,7 @@ from bayespass.likelihood import Likelihood, SigmaNoise
 from bayespass.posterior.base import PosteriorInfo
 from bayespass.posterior.draws import stream_seed
 from bayespass.posterior.empirical import Empirical
-from bayespass.posterior.method import PriorMean
+from bayespass.posterior.sampled import PriorMean
 
 
 class SGLD(Optimizer):
