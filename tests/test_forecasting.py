@@ -201,7 +201,7 @@ def test_mistakes(inputs):
         KoopmanForecaster(48, 0)
     with pytest.raises(InvalidInput, match="channels must be a whole"):
         GaussianHead(3, 4, channels=0)
-    with pytest.raises(InvalidInput, match="variance_floor must be positive"):
+    with pytest.raises(InvalidInput, match="variance_floor must be a positive"):
         koopman(variance_floor=0.0)
     with pytest.raises(InvalidInput, match="patch_length < context"):
         PatchForecaster(16, 4, 2)
