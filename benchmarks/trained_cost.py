@@ -5,7 +5,8 @@ pixels and 1,000 classes. Every round runs one step of each method in turn, so t
 slows all alike; a ratio is the median over rounds of the method's seconds over AdamW's of the same
 round. Persistent memory is counted: weights and the tensors of the optimizer's state, in bytes; for
 the first layer alone the state is that of the layer. Peak memory is the largest resident size of a
-process of its own that runs two steps with batches of 8, where weights and not activations rule.
+process of its own that takes two steps with batches of 8, where weights and not activations rule,
+less that of one that only builds the model.
 """
 
 import resource
@@ -118,6 +119,7 @@ def run(rounds: int = 5, batch: int = 64, device: str = "cpu") -> list[dict[str,
                 seconds[method].append(taken)
             model.zero_grad(set_to_none=True)
     rows = []
+    floor = resident_bytes("none") if device == "cpu" else 0
     for method in METHODS:
         ratios = [mine / theirs for mine, theirs in zip(seconds[method], seconds["adamw"], strict=True)]
         rows.append(
@@ -130,7 +132,7 @@ def run(rounds: int = 5, batch: int = 64, device: str = "cpu") -> list[dict[str,
                 "step_over_adamw_range": [min(ratios), max(ratios)],
                 "persistent_bytes": memory[method],
                 "memory_over_adamw": memory[method] / memory["adamw"],
-                "peak_bytes": peak_bytes(method) if device == "cpu" else None,
+                "peak_bytes": resident_bytes(method) - floor if device == "cpu" else None,
             }
         )
     for row in rows:
@@ -160,14 +162,10 @@ def timed(step: Callable[[], None], device: str) -> float:
     return time.perf_counter() - start
 
 
-def peak_bytes(method: str) -> int:
-    """Largest resident size of a fresh process that takes two steps, less that of one that only builds the model."""
-    command = [sys.executable, __file__]
-    sizes = []
-    for which in (method, "none"):
-        result = subprocess.run([*command, which], capture_output=True, text=True, check=True)
-        sizes.append(int(result.stdout.split()[-1]))
-    return sizes[0] - sizes[1]
+def resident_bytes(method: str) -> int:
+    """Largest resident size of a fresh process that builds the model and, unless "none", takes two steps."""
+    result = subprocess.run([sys.executable, __file__, method], capture_output=True, text=True, check=True)
+    return int(result.stdout.split()[-1])
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:

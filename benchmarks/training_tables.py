@@ -17,6 +17,7 @@ NAMES = {
     "score_vi": "ScoreVI",
     "score_vi_sgd": "ScoreVISGD",
     "elbo": "MeanFieldVI",
+    "elbo_t1": "MeanFieldVI, T = 1",
     "stf": "first layer (STF)",
     "mc_dropout": "MC-dropout",
     "ensemble": "ensemble of 5",
@@ -82,14 +83,15 @@ def image_table(summary: dict[str, float], task: str, title: str) -> str:
     lines = [
         f"## {title}",
         "",
-        "| method | accuracy % | NLL | ECE % | AURC x100 | OOD AUROC | membership AUC | weights with variance |",
-        "|---|---|---|---|---|---|---|---|",
+        "| method | accuracy % | NLL | NLL, one pass | ECE % | AURC x100 | OOD AUROC | membership AUC | random weights |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name in methods_of(summary, task):
         key = f"{task}.{name}"
         cells = [
             figure(summary, f"{key}.accuracy", 1, 100),
             figure(summary, f"{key}.nll", 3),
+            figure(summary, f"{key}.shared_nll", 3),
             figure(summary, f"{key}.ece", 1, 100),
             figure(summary, f"{key}.aurc", 2, 100),
             figure(summary, f"{key}.ood_auroc", 3),

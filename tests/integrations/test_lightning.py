@@ -162,6 +162,49 @@ def test_resuming_is_exact(tmp_path):
         assert torch.equal(value, again.state_dict()[name]), name
 
 
+def test_a_checkpoint_between_micro_batches_holds_the_last_update(tmp_path):
+    """Six batches, updates after the third and the last; validated and saved after the fourth."""
+    saver = ModelCheckpoint(dirpath=tmp_path, save_top_k=-1, filename="{step}")
+    trainer = fit(
+        Classifier(), tmp_path, DataLoader(DATA, batch_size=4), 1, [saver], validation=DataLoader(DATA, batch_size=24),
+        accumulate_grad_batches=3, val_check_interval=2, num_sanity_val_steps=0, enable_checkpointing=True,
+    )  # fmt: skip
+    saved = torch.load(tmp_path / "step=1.ckpt", weights_only=True)
+    assert saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["completed"] == 4
+    assert saved["optimizer_states"][0]["method"]["draws"] == 3  # the fourth is made again
+    resumed = Classifier()
+    resumed.load_state_dict(saved["state_dict"])
+    method = resumed.configure_optimizers()
+    method.load_state_dict(saved["optimizer_states"][0])
+    windows = [[slice(4 * k, 4 * k + 4) for k in rows] for rows in (range(3), range(3, 6))]
+    assert_same(method.posterior(), by_hand(windows[:1], epochs=1), rtol=1e-5, atol=1e-7)
+    for rows in windows[1]:
+        with method.sampled():
+            nn.functional.cross_entropy(resumed(INPUTS[rows]), LABELS[rows]).backward()
+    method.step()
+    assert_same(method.posterior(), posterior_of(trainer), rtol=1e-5, atol=1e-7)  # saving disturbed nothing
+
+
+@pytest.mark.filterwarnings("ignore:.*`training_step` returned `None`")
+@pytest.mark.parametrize(
+    ("accumulate", "skipped", "windows"),
+    [
+        (1, (1,), [[0], [2], [3], [4], [5]]),
+        (2, (0,), [[1], [2, 3], [4, 5]]),
+        (2, (1,), [[0], [2, 3], [4, 5]]),
+        (2, (2, 3), [[0, 1], [4, 5]]),
+    ],
+)
+def test_a_skipped_batch_has_no_part_in_the_update(tmp_path, accumulate, skipped, windows):
+    class Skipping(Classifier):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx in skipped else super().training_step(batch, batch_idx)
+
+    trainer = fit(Skipping(), tmp_path, DataLoader(DATA, batch_size=4), epochs=1, accumulate_grad_batches=accumulate)
+    expected = by_hand([[slice(4 * k, 4 * k + 4) for k in window] for window in windows], epochs=1)
+    assert_same(posterior_of(trainer), expected, rtol=1e-5, atol=1e-7)
+
+
 def test_several_draws_per_step(tmp_path):
     module = Classifier(method=MeanFieldVI, lr=0.01, n_samples=2)
     trainer = fit(module, tmp_path, epochs=1)

@@ -178,6 +178,42 @@ def test_training_again_after_an_error_starts_from_the_mean(tmp_path):
     method.posterior()
 
 
+class Interrupt(TrainerCallback):
+    """Ctrl-C between two micro-batches of the second update."""
+
+    def __init__(self):
+        self.armed = True
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        if self.armed and state.global_step == 1:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("attached", [True, False])
+def test_an_interrupt_inside_an_update_leaves_the_mean(tmp_path, attached):
+    model, straight = Classifier(), Classifier()
+    method, other = method_for(model), method_for(straight)
+    trainer_for(tmp_path, straight, other, max_steps=1, lr_scheduler_type="constant").train()
+    callback, interrupt = BayesianTrainingCallback(method), Interrupt()
+    trainer = trainer_for(tmp_path, model, method, interrupt, callback=callback, lr_scheduler_type="constant")
+    for _ in range(2 * attached):
+        callback.attach(trainer)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    if not attached:
+        assert not torch.equal(model.first.weight, straight.first.weight)  # still the second update's draw
+        callback.abandon()
+    for left, right in zip(model.parameters(), straight.parameters(), strict=True):
+        assert torch.equal(left, right)
+        assert left.grad is None
+    for name, variance in method.posterior().variance.items():
+        assert torch.equal(variance, other.posterior().variance[name]), name
+    callback.abandon()  # nothing is left to abandon
+    interrupt.armed = False
+    assert trainer.train().global_step == 4
+    method.posterior()
+
+
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [

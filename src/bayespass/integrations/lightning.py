@@ -10,12 +10,16 @@
 
 Under automatic optimization Lightning hands the whole of a training step to `method.step(closure)`,
 which runs it at drawn weights. The callback adds what is missing: with `accumulate_grad_batches` every
-micro-batch gets a draw of its own, and their gradients are averaged; without it they would be
-computed at the mean. Validation, logging and checkpoints see the mean weights.
+micro-batch gets a draw of its own, and their gradients are averaged. Without it Lightning runs all but
+the last outside of any draw, and their gradients are discarded when the last one's block opens: an
+update would learn from one micro-batch only. Validation, logging and checkpoints see the mean weights.
+
+A `training_step` that returns None skips its batch; an update without any gradient does not happen.
 
 A checkpoint holds the method's state and loads with `weights_only=True`. The callback adds PyTorch's
 random state, so that a run resumed from a checkpoint made at the end of an epoch continues bit for
 bit, with shuffling and dropout. From the middle of an epoch Lightning needs a loader that can resume.
+A checkpoint made between the micro-batches of an update holds the state of the last update.
 """
 
 from pathlib import Path

@@ -13,10 +13,15 @@ makes their gradients the gradient of one large batch. Evaluation, saving and ev
 updates see the mean weights. `trainer.train(resume_from_checkpoint=True)` continues bit for bit: the
 method's state lies in the Trainer's optimizer.pt.
 
+transformers tells callbacks nothing of an error or of Ctrl-C, which may end training inside an update and
+leave the weights a draw. `callback.attach(trainer)` makes `trainer.train` go back to the mean on every
+way out; otherwise call `callback.abandon()`.
+
 `n_data` counts what the model's loss averages over: rows for a classifier, predicted tokens for a
 language model.
 """
 
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +46,8 @@ class BayesianTrainingCallback(TrainerCallback):
             one of the training arguments.
         save_posterior: write `posterior.safetensors` into the output folder when training ends.
 
+    Call `attach(trainer)` so that the weights are the mean again after an error or Ctrl-C, too.
+
     Several processes under `torchrun` work as they are. For draws of their own on every rank make the
     method with `distributed=True` and call `attach(trainer)`.
 
@@ -62,8 +69,28 @@ class BayesianTrainingCallback(TrainerCallback):
         self._trainer: Trainer | None = None
 
     def attach(self, trainer: Trainer) -> None:
-        """Tell the callback its Trainer, which `distributed=True` needs."""
+        """Make `trainer.train` restore the mean weights on every way out; `distributed=True` needs it, too.
+
+        Args:
+            trainer: that this callback was given to; attaching it again changes nothing.
+        """
+        if trainer is self._trainer:
+            return
         self._trainer = trainer
+        train = trainer.train
+
+        @wraps(train)
+        def restoring(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return train(*args, **kwargs)
+            finally:
+                self.abandon()
+
+        trainer.train = restoring  # errors reach no callback
+
+    def abandon(self) -> None:
+        """Go back to the mean weights after an error, forgetting the update under way; nothing if there is none."""
+        self._draw.abandon()
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Refuse what cannot work, as early as possible."""
@@ -79,7 +106,7 @@ class BayesianTrainingCallback(TrainerCallback):
             InvalidInput: the Trainer steps another optimizer.
         """
         del state, control
-        self._draw.abandon()  # of a run that an error ended
+        self.abandon()  # of a run that an error ended
         self._check(args)
         optimizer = kwargs.get("optimizer")
         if getattr(optimizer, "optimizer", optimizer) is not self.method:
@@ -106,14 +133,14 @@ class BayesianTrainingCallback(TrainerCallback):
     ) -> None:
         """Drop an update that another callback stopped halfway, so that what follows sees the mean."""
         del args, state, control, kwargs
-        self._draw.abandon()
+        self.abandon()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Save the posterior, if asked to."""
         del control
-        self._draw.abandon()
+        self.abandon()
         if self.save_posterior and state.is_world_process_zero:
             self.method.posterior().save(Path(str(args.output_dir)) / FILE, kwargs["model"])
 

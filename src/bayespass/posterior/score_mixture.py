@@ -116,7 +116,7 @@ class ScoreVIMixture(GradientMethod):
         return state
 
     def _draw(self, active: Active) -> None:
-        for parameter, _, name in active if self._draws == 0 else ():
+        for parameter, _, name in active:
             if not torch.equal(parameter, self.state[parameter]["means"][0].to(parameter.dtype)):
                 msg = f"{name} was changed after the mixture was made, which keeps means of its own; make it afterwards"
                 raise InvalidInput(msg)

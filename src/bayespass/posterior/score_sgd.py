@@ -48,6 +48,9 @@ class ScoreVISGD(GradientMethod):
         shared: prior_precision, temperature, likelihood, sigma_noise, prior_mean, n_samples, antithetic,
             max_grad_norm, seed and distributed, as in `TrainingMethod`.
 
+    Load weights before the first draw: those set later, in the middle of an outer iteration, become the
+    mean, but draws come from around the lagged copy until the iteration ends.
+
     Keeps the lagged copy beside q and Adam's moments: eight vectors, six with `inner=1`.
 
     Raises:
