@@ -40,8 +40,8 @@ def tables(result: dict[str, Any]) -> str:
     parts += [attack_table(summary), uci_table(summary), forecast_table(summary), logistic_table(summary)]
     note = (
         f"Means over {seeds} seeds ± standard deviation over seeds (UCI: ± standard error over the published splits), "
-        f"one thread per run on {result['machine']['cores']} CPU cores. `make benchmark-training` wrote these tables from "
-        f"`benchmarks/results/trained_posteriors.json`; protocols and how settings were chosen stand in the "
+        f"one thread per run on {result['machine']['cores']} CPU cores. `make benchmark-training` wrote these tables "
+        f"from `benchmarks/results/trained_posteriors.json`; protocols and how settings were chosen stand in the "
         f"headers of `benchmarks/trained_*.py`."
     )
     return "\n\n".join([*parts, note])
@@ -83,7 +83,7 @@ def image_table(summary: dict[str, float], task: str, title: str) -> str:
     lines = [
         f"## {title}",
         "",
-        "| method | accuracy % | NLL | NLL, one pass | ECE % | AURC x100 | OOD AUROC | membership AUC | random weights |",
+        "| method | accuracy % | NLL | NLL, one pass | ECE % | AURC x100 | OOD AUROC | members AUC | random weights |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name in methods_of(summary, task):

@@ -11,7 +11,21 @@ import bayespass
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
-HEAVY = {"sklearn", "scipy", "matplotlib", "rich", "typer", "jinja2", "transformers", "torchvision", "accelerate", "lightning", "peft", "pyarrow", "PIL"}
+HEAVY = {
+    "sklearn",
+    "scipy",
+    "matplotlib",
+    "rich",
+    "typer",
+    "jinja2",
+    "transformers",
+    "torchvision",
+    "accelerate",
+    "lightning",
+    "peft",
+    "pyarrow",
+    "PIL",
+}
 
 
 def test_everything_public_has_a_docstring():
