@@ -47,6 +47,7 @@ from bayespass.prediction import concatenate, regression_prediction
 ROWS = {"train": (0, 8640), "validation": (8640, 11520), "test": (11520, 14400)}
 CONTEXT, HORIZON, CHANNELS, TEST_STRIDE = 336, 96, 7, 8
 BATCH, DRAWS, MEMBERS, DROPOUT = 16, 32, 5, 0.1
+SEEN = BATCH * HORIZON * CHANNELS  # observations per step, the unit of n_data
 STEPS = {"patchtst": 300, "koopman": 600}
 FLOOR = 0.1  # of a window's variance: three channels of ETTh2 stand still for weeks in the training rows
 LEVELS = (0.5, 0.8, 0.9, 0.95)
@@ -64,13 +65,13 @@ SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
     ("patchtst", "mc_dropout"): {"lr": 3e-3},
     ("patchtst", "ensemble"): {"lr": 3e-3},
     ("patchtst", "ivon"): IVON_SETTINGS,
-    ("patchtst", "score_vi"): {"lr": 0.01, "precision_lr": 5e-3, "batch_size": BATCH},
+    ("patchtst", "score_vi"): {"lr": 0.01, "precision_lr": 5e-3, "batch_size": SEEN},
     ("patchtst", "elbo"): {"lr": 3e-3},
     ("koopman", "map"): {"lr": 1e-2},
     ("koopman", "mc_dropout"): {"lr": 1e-2},
     ("koopman", "ensemble"): {"lr": 1e-2},
     ("koopman", "ivon"): IVON_SETTINGS,
-    ("koopman", "score_vi"): {"lr": 0.03, "precision_lr": 5e-3, "batch_size": BATCH, "momentum": 0.9},
+    ("koopman", "score_vi"): {"lr": 0.03, "precision_lr": 5e-3, "batch_size": SEEN, "momentum": 0.9},
     ("koopman", "elbo"): {"lr": 1e-3},
 }
 
