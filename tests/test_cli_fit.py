@@ -333,6 +333,7 @@ def start(output):
     return subprocess.Popen(
         [sys.executable, "-m", "bayespass", "fit", *RUN, "-o", str(output), "--quiet"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # as many threads as the run here: sums are rounded alike
     )  # fmt: skip
 
 

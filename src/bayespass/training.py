@@ -11,7 +11,8 @@ number. `n_data` counts rows, then. A loss of your own that also averages over t
 `n_data` that counts tokens.
 
 Killed at any moment, the same call continues from the last checkpoint and ends in the same bits as
-a run that was never interrupted, in the middle of an epoch too, on the same machine and software.
+a run that was never interrupted, in the middle of an epoch too, on the same machine and software
+with as many threads.
 What that needs: order and augmentation of the data come from PyTorch's random numbers (its samplers
 and workers do; reseed numpy or `random` from `torch.initial_seed()` in a `worker_init_fn`), and a
 loader does not carry random state from one epoch into the next (`persistent_workers=True` with random
