@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev, vmap
+from torch.func import jacrev, vmap
 from torch.utils import _pytree as pytree
 
 from bayespass.batches import call_arguments, device_of, labelled_batches, model_output
-from bayespass.curvature.diagonal import Parameters, _chunks
 from bayespass.curvature.output import output_root
+from bayespass.curvature.rows import Parameters, chunks, row_outputs
 from bayespass.errors import InvalidInput
 from bayespass.likelihood import Likelihood, SigmaNoise, check_targets, negative_log_likelihood
 from bayespass.progress import track
@@ -56,12 +56,10 @@ def dense_ggn(
             f"with names= (the last layer), or use hessian_structure='kron' or 'diag'"
         )
         raise InvalidInput(msg)
-    chosen = {id(parameters[name]) for name in names}
-    rest = {n: p.detach() for n, p in parameters.items() if id(p) not in chosen} | dict(model.named_buffers())
+    _, row_output = row_outputs(model, names)
 
     def outputs(theta: Parameters, row: Any) -> Tensor:
-        args, kwargs = call_arguments(pytree.tree_map(lambda t: t.unsqueeze(0) if isinstance(t, Tensor) else t, row))
-        return model_output(functional_call(model, (theta, rest), args, kwargs)).squeeze(0).reshape(-1)
+        return row_output(theta, row).reshape(-1)
 
     total: Tensor | None = None
     loss, n_data = 0.0, 0
@@ -74,7 +72,7 @@ def dense_ggn(
             loss += float(negative_log_likelihood(batch_outputs, targets, likelihood, sigma_noise))
             n_data += len(targets)
             root = output_root(batch_outputs, likelihood, sigma_noise)
-            for start, (rows, row_targets) in enumerate(_chunks(inputs, targets, chunk_size)):
+            for start, (rows, row_targets) in enumerate(chunks(inputs, targets, chunk_size)):
                 part = root[start * chunk_size : start * chunk_size + len(row_targets)]
                 found = jacobian(rows, len(row_targets)).view(*part.shape[:2], part.shape[-1], size)
                 matrix = (part @ found).flatten(0, 2)

@@ -14,10 +14,11 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 from torch.utils import _pytree as pytree
 
 from bayespass.batches import call_arguments, device_of, labelled_batches, model_output
+from bayespass.curvature.rows import Parameters, chunks, drawn_targets, row_outputs
 from bayespass.errors import InvalidInput
 from bayespass.likelihood import (
     Likelihood,
@@ -31,7 +32,6 @@ from bayespass.posterior.base import as_generator
 from bayespass.progress import track
 
 Curvature = Literal["ggn", "mc", "ef"]
-Parameters = dict[str, Tensor]
 
 
 def diagonal_curvature(
@@ -72,16 +72,9 @@ def diagonal_curvature(
     if curvature not in get_args(Curvature):
         msg = f"curvature must be one of {', '.join(map(repr, get_args(Curvature)))}; got {curvature!r}"
         raise InvalidInput(msg)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    random = {name: parameters[name].detach() for name in names}
-    tied = {id(parameters[name]) for name in names}  # a tied weight has several names and must appear once
-    rest = {n: p.detach() for n, p in parameters.items() if id(p) not in tied} | dict(model.named_buffers())
+    random, outputs = row_outputs(model, names)
     totals = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in random.items()}
     loss, n_data = 0.0, 0
-
-    def outputs(theta: Parameters, row: Any) -> Tensor:
-        args, kwargs = call_arguments(pytree.tree_map(lambda t: t.unsqueeze(0) if isinstance(t, Tensor) else t, row))
-        return model_output(functional_call(model, (theta, rest), args, kwargs)).squeeze(0)
 
     generator = as_generator(seed, device_of(model))
     squares = _square_gradients(outputs, likelihood, sigma_noise, curvature)
@@ -93,27 +86,11 @@ def diagonal_curvature(
             loss += float(negative_log_likelihood(batch_outputs, targets, likelihood, sigma_noise))
             n_data += len(targets)
             if curvature == "mc":
-                targets = _drawn_targets(batch_outputs, likelihood, sigma_noise, generator)
-            for rows, row_targets in _chunks(inputs, targets, chunk_size):
+                targets = drawn_targets(batch_outputs, likelihood, sigma_noise, generator)
+            for rows, row_targets in chunks(inputs, targets, chunk_size):
                 for name, value in squares(random, rows, row_targets).items():
                     totals[name] += value.float()
     return totals, loss, n_data
-
-
-def _drawn_targets(
-    outputs: Tensor, likelihood: Likelihood, sigma_noise: SigmaNoise | None, generator: torch.Generator
-) -> Tensor:
-    """One target per row from p(y | output): a class label, N(output, sigma^2), or N(mean, exp(log variance))."""
-    if likelihood == "regression":
-        mean, sd = outputs, 1.0
-        if sigma_noise == "predicted":
-            mean, log_variance = mean_and_log_variance(outputs)
-            sd = torch.exp(log_variance / 2)
-        elif sigma_noise is not None:
-            sd = float(sigma_noise)
-        return mean + sd * torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
-    probabilities = torch.softmax(outputs.float(), -1)
-    return torch.multinomial(probabilities.flatten(0, -2), 1, generator=generator).view(outputs.shape[:-1])
 
 
 def _fisher_weights(out: Tensor, likelihood: Likelihood, sigma_noise: SigmaNoise | None) -> Tensor:
@@ -180,16 +157,10 @@ def _square_gradients(
                     raise
                 together = False  # the model branches on its data, as transformers does on padding masks
         found: Parameters = {}
-        for (row, _), target in zip(_chunks(rows, targets, 1), targets, strict=True):
+        for (row, _), target in zip(chunks(rows, targets, 1), targets, strict=True):
             row = pytree.tree_map(lambda t: t.squeeze(0) if isinstance(t, Tensor) else t, row)
             for name, value in single(theta, row, target).items():
                 found[name] = found[name] + value if name in found else value
         return found
 
     return summed
-
-
-def _chunks(inputs: Any, targets: Tensor, size: int) -> Iterable[tuple[Any, Tensor]]:
-    for start in range(0, len(targets), size):
-        rows = slice(start, start + size)
-        yield pytree.tree_map(lambda t, rows=rows: t[rows] if isinstance(t, Tensor) else t, inputs), targets[rows]

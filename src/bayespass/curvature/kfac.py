@@ -20,8 +20,9 @@ from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
 from bayespass.batches import call_arguments, device_of, labelled_batches, model_output
-from bayespass.curvature.diagonal import Curvature, _drawn_targets
+from bayespass.curvature.diagonal import Curvature
 from bayespass.curvature.output import output_root
+from bayespass.curvature.rows import drawn_targets
 from bayespass.errors import InvalidInput
 from bayespass.likelihood import Likelihood, SigmaNoise, check_targets, negative_log_likelihood
 from bayespass.posterior.base import as_generator
@@ -95,7 +96,7 @@ def kfac(
             _check_uses(outputs, weights, calls)
         n_data += len(targets)
         if curvature == "mc":
-            targets = _drawn_targets(outputs.detach(), likelihood, sigma_noise, generator)
+            targets = drawn_targets(outputs.detach(), likelihood, sigma_noise, generator)
         vectors = (
             _root_vectors(outputs, likelihood, sigma_noise)
             if curvature == "ggn"

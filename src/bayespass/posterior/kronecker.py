@@ -98,15 +98,10 @@ class KroneckerGaussian(Posterior):
     @cached_property
     def variance(self) -> Mapping[str, Tensor]:  # type: ignore[override]
         """Marginal Var[theta] = (Q_L^2) v (Q_R^2)^T by name, in float32 or better."""
-        marginal = {}
-        for name, v in self._variance_in_basis.items():
-            matrix = _matrix(v)
-            if name in self._left:
-                matrix = self._left[name].square() @ matrix
-            if name in self._right:
-                matrix = matrix @ self._right[name].square().mT
-            marginal[name] = matrix.reshape(v.shape)
-        return marginal
+        return {
+            name: marginal(v, self._left.get(name), self._right.get(name))
+            for name, v in self._variance_in_basis.items()
+        }
 
     def sample(self, n_samples: int, generator: torch.Generator | int = 0) -> Iterator[dict[str, Tensor]]:
         """Independent draws M + Q_L (sqrt(v) * E) Q_R^T.
@@ -176,12 +171,11 @@ class KroneckerGaussian(Posterior):
 
     def _from_basis(self, name: str, value: Tensor) -> Tensor:
         """Q_L X Q_R^T, in the parameter's shape."""
-        return _turned(value, self._left.get(name), self._right.get(name))
+        return turned(value, self._left.get(name), self._right.get(name))
 
     def _to_basis(self, name: str, value: Tensor) -> Tensor:
         """Q_L^T X Q_R, in the parameter's shape."""
-        left, right = self._left.get(name), self._right.get(name)
-        return _turned(value, None if left is None else left.mT, None if right is None else right.mT)
+        return turned_back(value, self._left.get(name), self._right.get(name))
 
     def _tensors(self) -> dict[str, Tensor]:
         parts = {
@@ -218,7 +212,7 @@ def _matrix(value: Tensor) -> Tensor:
     return value.reshape(_matrix_shape(value))
 
 
-def _turned(value: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+def turned(value: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
     """L X R^T, in the shape of X."""
     matrix = _matrix(value)
     if left is not None:
@@ -226,3 +220,13 @@ def _turned(value: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
     if right is not None:
         matrix = matrix.to(right.dtype) @ right.mT
     return matrix.reshape(value.shape)
+
+
+def turned_back(value: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    """L^T X R, in the shape of X."""
+    return turned(value, None if left is None else left.mT, None if right is None else right.mT)
+
+
+def marginal(variance: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    """Variance of every entry of L X R^T, from the variances of the independent entries of X."""
+    return turned(variance, None if left is None else left.square(), None if right is None else right.square())

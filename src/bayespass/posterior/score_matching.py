@@ -32,7 +32,7 @@ from bayespass.errors import InvalidInput, require_count, require_positive
 from bayespass.posterior.base import Posterior
 from bayespass.posterior.draws import average
 from bayespass.posterior.groups import check_rates
-from bayespass.posterior.kronecker import KroneckerGaussian
+from bayespass.posterior.kronecker import KroneckerGaussian, marginal, turned, turned_back
 from bayespass.posterior.mean_field import DiagonalGaussian
 from bayespass.posterior.method import Shared, TrainingMethod
 
@@ -171,13 +171,13 @@ class ScoreVI(TrainingMethod):
         precision = self.state[parameter]["precision"]
         state = self.state[parameter]
         if "left" in state or "right" in state:
-            return marginal(state, precision.reciprocal()).sqrt_()
+            return marginal(precision.reciprocal(), *bases(state)).sqrt_()
         return precision.rsqrt()
 
     def _move(self, parameter: Tensor, group: Mapping[str, Any], standard: Tensor, sign: float) -> None:
         state = self.state[parameter]
         if "left" in state or "right" in state:
-            displacement = from_basis(state, standard.mul_(state["precision"].rsqrt()))
+            displacement = turned(standard.mul_(state["precision"].rsqrt()), *bases(state))
             parameter.copy_(self._centre(parameter).add(displacement, alpha=sign))
         else:
             super()._move(parameter, group, standard, sign)
@@ -194,7 +194,7 @@ class ScoreVI(TrainingMethod):
             state["right_gram"].lerp_(matrix.T @ matrix, rate)
         # The prior's pull at the mean has no curvature, but at the optimum it cancels the data's: less noise.
         gradient = gradient.add(self._prior_pull([parameter])[0], alpha=self._weight_decay(group))
-        return gradient, to_basis(state, noise).mul_(to_basis(state, gradient))
+        return gradient, turned_back(noise, *bases(state)).mul_(turned_back(gradient, *bases(state)))
 
     def _update(
         self, group: dict[str, Any], parameters: list[Tensor], first: list[Tensor], second: list[Tensor]
@@ -213,9 +213,14 @@ class ScoreVI(TrainingMethod):
                 variance, alpha=group["prior_precision"] / self.info.temperature
             )  # the prior's part is known
             moved, ratio = closed_form(
-                to_basis(state, score), curvature, variance, group["lr"], group["precision_lr"], coupled=self.coupled
+                turned_back(score, *bases(state)),
+                curvature,
+                variance,
+                group["lr"],
+                group["precision_lr"],
+                coupled=self.coupled,
             )
-            self._mean(parameter).add_(from_basis(state, moved))
+            self._mean(parameter).add_(turned(moved, *bases(state)))
             state["precision"].mul_(ratio)
             if ("left" in state or "right" in state) and int(state["step"]) % self.basis_every == 0:
                 self._refresh_basis(state)
@@ -302,29 +307,6 @@ def initial_sd(mean: Tensor) -> float:
     return max(1e-2 * float(mean.square().mean().sqrt()), 1e-4)
 
 
-def to_basis(state: Mapping[str, Tensor], value: Tensor) -> Tensor:
-    """Q_L^T value Q_R, of the value's shape."""
-    if "left" not in state and "right" not in state:
-        return value
-    matrix = value.flatten(1)
-    matrix = state["left"].T @ matrix if "left" in state else matrix
-    matrix = matrix @ state["right"] if "right" in state else matrix
-    return matrix.view_as(value)
-
-
-def from_basis(state: Mapping[str, Tensor], value: Tensor) -> Tensor:
-    """Q_L value Q_R^T, of the value's shape."""
-    if "left" not in state and "right" not in state:
-        return value
-    matrix = value.flatten(1)
-    matrix = state["left"] @ matrix if "left" in state else matrix
-    matrix = matrix @ state["right"].T if "right" in state else matrix
-    return matrix.view_as(value)
-
-
-def marginal(state: Mapping[str, Tensor], variance: Tensor) -> Tensor:
-    """Marginal variances in the standard basis of variances in the state's own."""
-    matrix = variance.flatten(1)
-    matrix = state["left"].square() @ matrix if "left" in state else matrix
-    matrix = matrix @ state["right"].square().T if "right" in state else matrix
-    return matrix.reshape(variance.shape)
+def bases(state: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    """Q_L and Q_R of a parameter's state; None is the standard basis."""
+    return state.get("left"), state.get("right")
