@@ -206,12 +206,10 @@ class ScoreVI(TrainingMethod):
             torch._foreach_lerp_(averaged, scores, 1 - self.momentum)
             corrections = [1 - self.momentum ** float(state["step"]) for state in states]
             scores = torch._foreach_div(averaged, corrections)
+        prior = group["prior_precision"] / self.info.temperature  # its part of the curvature is known
         for parameter, state, score, product in zip(parameters, states, scores, second, strict=True):
             variance = state["precision"].reciprocal()
-            curvature = product.mul_(self.data_weight)
-            curvature.add_(
-                variance, alpha=group["prior_precision"] / self.info.temperature
-            )  # the prior's part is known
+            curvature = product.mul_(self.data_weight).add_(variance, alpha=prior)
             moved, ratio = closed_form(
                 turned_back(score, *bases(state)),
                 curvature,
