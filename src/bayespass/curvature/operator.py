@@ -29,6 +29,8 @@ from bayespass.errors import InvalidInput, require_count, require_positive
 from bayespass.likelihood import Likelihood, SigmaNoise, check_likelihood, check_targets
 from bayespass.predict.snapshot import check_eval
 
+BACKWARD_ROWS = 512  # data times vectors that go backwards at once on a CPU
+
 
 class RowOperator:
     """J, and sqrt(ridge) I beside it, as a linear map.
@@ -85,7 +87,8 @@ class RowOperator:
         self.ridge, self.max_memory, self.seed = float(ridge), max_memory, seed
         self.likelihood: Likelihood = likelihood
         self.sigma_noise: SigmaNoise | None = sigma_noise
-        self.kind, self.n_projections = rows, n_projections
+        self.n_projections = n_projections
+        self.kind: RowKind | Rows = rows
         self.scale = {name: float((scale or {}).get(name, 1.0)) for name in self.names}
         require_positive(**{f"scale of {name}": value for name, value in self.scale.items()})
         self._rows = row_function(rows, likelihood, sigma_noise, n_projections, seed)
@@ -157,6 +160,8 @@ class RowOperator:
         total = torch.zeros(len(weights), self.n_params, dtype=self.dtype, device=self.device)
         start, width = 0, self._widths[block]
         together = self._together(block, len(weights))
+        if self.device.type == "cpu":  # where batched convolution gradients are slower than one after the other
+            together = min(together or len(weights), max(1, BACKWARD_ROWS // len(self.blocks[block][1])))
         for chunk in self._chunks(block, len(weights)):
             stop = start + width * len(chunk[1])
             part = weights[:, start:stop].to(self.dtype).reshape(len(weights), -1, width)
@@ -189,15 +194,15 @@ class RowOperator:
             (R_i, R_j).
         """
         j, dtype = i if j is None else j, dtype or self.dtype
-        try:
+        if self._products.functional:
             total = torch.zeros(self.sizes[i], self.sizes[j], dtype=dtype, device=self.device)
-            for names, factor in self._scale_groups():
-                self._add_gram(total, i, j, self._jacobian(names), factor)
-        except InvalidInput as error:
-            if "max_memory" not in str(error):
-                raise
-            return self._gram_by_columns(i, j).to(dtype)
-        return total
+            try:
+                for names, factor in self._scale_groups():
+                    self._add_gram(total, i, j, self._jacobian(names), factor)
+            except InvalidInput:  # one row's layers exceed the memory
+                return self._gram_by_columns(i, j).to(dtype)
+            return total
+        return self._gram_by_columns(i, j).to(dtype)
 
     def _add_gram(self, total: Tensor, i: int, j: int, jacobian: RowJacobian, factor: float) -> None:
         kept = list(self._pieces(jacobian, j, total.dtype, limit=2))
@@ -205,10 +210,11 @@ class RowOperator:
             for rows_j, pieces_j in kept if len(kept) < 2 else self._pieces(jacobian, j, total.dtype):
                 if i == j and rows_j.start < rows_i.start:
                     continue
-                part = sum(factor * gram(a, b) for a, b in zip(pieces_i, pieces_j, strict=True))
-                total[rows_i, rows_j] += part
-                if i == j and rows_j.start > rows_i.start:
-                    total[rows_j, rows_i] += part.mT
+                for a, b in zip(pieces_i, pieces_j, strict=True):
+                    part = factor * gram(a, b)
+                    total[rows_i, rows_j] += part
+                    if i == j and rows_j.start > rows_i.start:
+                        total[rows_j, rows_i] += part.mT
 
     def primal_gram(self) -> Tensor:
         """J^T J (P, P) over all blocks, in float64 and without the ridge."""

@@ -69,7 +69,7 @@ class Products:
         with exact_products(self.model):
             if self.functional:
                 try:
-                    _, backward = vjp(function, self.theta)
+                    backward = vjp(function, self.theta)[1]
                     found = vmap(lambda w: backward(w)[0], chunk_size=together)(weights)
                     return {name: value.detach() for name, value in found.items()}
                 except (RuntimeError, NotImplementedError) as error:
@@ -126,10 +126,19 @@ def exact_products(model: nn.Module) -> Iterator[None]:
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     with ExitStack() as stack, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="There is a performance drop")
+        warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")  # on the first use of jvp
         warnings.filterwarnings("ignore", message="TF32 acceleration on top of oneDNN")
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(torch.autocast(device_of(model).type, enabled=False))
-        stack.enter_context(torch.backends.cudnn.flags(enabled=not recurrent, allow_tf32=False))
+        cudnn = torch.backends.cudnn
+        stack.enter_context(
+            cudnn.flags(
+                enabled=cudnn.enabled and not recurrent,
+                benchmark=cudnn.benchmark,
+                deterministic=cudnn.deterministic,
+                allow_tf32=False,
+            )
+        )
         if recurrent:
             stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
         try:
