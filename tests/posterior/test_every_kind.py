@@ -4,15 +4,27 @@ import pytest
 import torch
 from torch import nn
 
-from bayespass import DiagonalGaussian, MeanNetwork, MonteCarlo, Posterior, PosteriorInfo, PosteriorMismatch, SinglePass
+from bayespass import (
+    DiagonalGaussian,
+    InvalidInput,
+    MeanNetwork,
+    MonteCarlo,
+    Posterior,
+    PosteriorInfo,
+    PosteriorMismatch,
+    SinglePass,
+)
 from bayespass.posterior.dropout import DropoutPosterior
 from bayespass.posterior.empirical import Empirical
 from bayespass.posterior.full import FullGaussian
 from bayespass.posterior.kronecker import KroneckerGaussian
 from bayespass.posterior.low_rank import LowRankGaussian
 from bayespass.posterior.mixture import Mixture
+from bayespass.posterior.product import Product
+from bayespass.posterior.sampled_gaussian import SampledGaussian
 from bayespass.testing import check_posterior
 
+NO_TEMPERATURE = {"dropout", "empirical", "mixture", "product"}  # a part of the last two is empirical
 INFO = PosteriorInfo(n_data=9, prior_precision=0.5, temperature=0.1, method="test", settings={"lr": 0.1})
 
 
@@ -39,6 +51,12 @@ def sample_of(kind, model):
         "full_gaussian": lambda: FullGaussian(mean, torch.randn(size, size, generator=generator) / size**0.5, INFO),
         "empirical": lambda: Empirical(members, INFO),
         "mixture": lambda: Mixture([diagonal, Empirical(members)], [3, 1], INFO),
+        "sampled_gaussian": lambda: SampledGaussian(
+            mean, {n: torch.randn(400, *m.shape, generator=generator) for n, m in mean.items()}, INFO
+        ),
+        "product": lambda: Product(
+            [diagonal.subset(["0.weight", "2.weight"]), Empirical(members, INFO).subset(["0.bias", "2.bias"])], INFO
+        ),
         "dropout": lambda: DropoutPosterior(
             {n: m for n, m in mean.items() if m.dim() == 2}, {"0.weight": 0.4, "2.weight": 0.25}, info=INFO
         ),
@@ -76,6 +94,37 @@ def test_another_architecture_is_refused_by_name_or_shape(posterior, tmp_path):
     with pytest.raises(PosteriorMismatch, match=r"lacks: 0\.weight"):
         posterior.save(tmp_path / "q.safetensors", nn.Flatten())
     assert not (tmp_path / "q.safetensors").exists()
+
+
+def test_tempered_or_a_reason_why_not(posterior, tmp_path):
+    """The variance times T, also of 4,000 draws and of what comes back from a file."""
+    if posterior.kind in NO_TEMPERATURE or type(posterior)._tempered is Posterior._tempered:
+        with pytest.raises(NotImplementedError, match="temperature"):
+            posterior.temper(0.25)
+        return
+    colder = posterior.temper(0.25)
+    assert type(colder) is type(posterior)
+    assert colder.info.temperature == 0.025
+    for name in posterior.names:
+        torch.testing.assert_close(colder.variance[name], 0.25 * posterior.variance[name])
+        assert torch.equal(colder.mean[name], posterior.mean[name])
+    check_posterior(colder, network(), n_samples=4000)
+
+
+def test_merged_with_another_over_a_further_parameter(posterior, tmp_path):
+    """Moments and files of both, in either order; draws of each keep the moments."""
+    model = network()
+    model.register_parameter("scale", nn.Parameter(torch.tensor([1.0, 2.0])))
+    other = KroneckerGaussian({"scale": model.scale.detach()}, {"scale": torch.tensor([0.5, 2.0])}, info=INFO)
+    for merged in (posterior.merge(other), other.merge(posterior)):
+        assert isinstance(merged, Product)
+        assert set(merged.names) == {*posterior.names, "scale"}
+        assert all(not isinstance(part, Product) for part in merged.parts)
+        for name in posterior.names:
+            assert torch.equal(merged.variance[name], posterior.variance[name])
+        check_posterior(merged, model, n_samples=4000)
+    with pytest.raises(InvalidInput, match=r"would be in two"):
+        posterior.merge(posterior)
 
 
 def test_every_predictor_takes_it(posterior):

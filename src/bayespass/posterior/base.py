@@ -7,14 +7,14 @@ one parameter with several names. To add a kind, copy `mean_field.py` and run
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from bayespass.errors import InvalidInput, InvalidPosteriorFile, PosteriorMismatch
+from bayespass.errors import InvalidInput, InvalidPosteriorFile, PosteriorMismatch, require_positive
 from bayespass.likelihood import Likelihood, SigmaNoise, check_likelihood
 from bayespass.posterior import store
 from bayespass.version import __version__
@@ -89,6 +89,46 @@ class Posterior(ABC):
     def subset(self, names: "Iterable[str] | Callable[[str], bool]") -> "Posterior":
         """The posterior of these parameters alone; the others become deterministic."""
 
+    def temper(self, temperature: float) -> "Posterior":
+        """The same posterior at temperature T relative to the present one: covariance times T, `info.temperature` too.
+
+        T < 1 is a colder, narrower posterior; T = 1 changes nothing. Exact for Gaussians. A `Mixture` tempers its
+        components and keeps their weights, a `Product` its parts.
+
+        Args:
+            temperature: T > 0.
+
+        Raises:
+            InvalidInput: T is not a positive, finite number.
+            NotImplementedError: this structure has no temperature, and what to do instead.
+        """
+        require_positive(temperature=temperature)
+        return self._tempered(temperature, replace(self.info, temperature=self.info.temperature * temperature))
+
+    def merge(self, other: "Posterior") -> "Posterior":
+        """The posterior over both sets of names, this one and the other independent.
+
+        Two diagonal Gaussians with equal `info` become one; anything else a `Product`, which is never nested.
+
+        Args:
+            other: over other parameters of the same model, fitted to the same data.
+
+        Raises:
+            InvalidInput: a name is in both, or they differ in likelihood, sigma_noise or n_data.
+        """
+        from bayespass.posterior.product import merged
+
+        return merged(self, other)
+
+    def _tempered(self, temperature: float, info: PosteriorInfo) -> "Posterior":
+        """With the covariance times a checked `temperature`, and this info.
+
+        Raises:
+            NotImplementedError: the structure does not say how.
+        """
+        msg = f"a posterior of kind {self.kind!r} has no temper; fit it with temperature= instead"
+        raise NotImplementedError(msg)
+
     @abstractmethod
     def _tensors(self) -> dict[str, Tensor]:
         """Everything the structure stores, by file key."""
@@ -125,6 +165,18 @@ class Posterior(ABC):
             NotImplementedError: this structure has no density.
         """
         msg = f"a posterior of kind {self.kind!r} has no log_prob"
+        raise NotImplementedError(msg)
+
+    def covariance_times(self, vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Cov[theta] x, by name.
+
+        Args:
+            vector: x, a tensor of the parameter's shape for every name.
+
+        Raises:
+            NotImplementedError: this structure has no covariance to multiply with.
+        """
+        msg = f"a posterior of kind {self.kind!r} has no covariance_times; use its variance, or its draws"
         raise NotImplementedError(msg)
 
     def save(self, path: str | os.PathLike[str], model: nn.Module, scales: Mapping[str, float] | None = None) -> None:
@@ -213,6 +265,37 @@ class Posterior(ABC):
                     f"{tuple(parameters[name].shape)} in {type(model).__name__}; use the model it was fitted on"
                 )
                 raise PosteriorMismatch(msg)
+
+
+def nested_tensors(label: str, members: Sequence[Posterior]) -> dict[str, Tensor]:
+    """The tensors of posteriors inside another, by file key."""
+    return {f"{label}/{k}/{key}": tensor for k, q in enumerate(members) for key, tensor in q._tensors().items()}
+
+
+def nested_structure(members: Sequence[Posterior]) -> list[dict[str, Any]]:
+    """What a file needs to know of posteriors inside another, besides their tensors."""
+    return [
+        {"kind": q.kind, "names": list(q.names), "info": asdict(q.info), "structure": q._structure()} for q in members
+    ]
+
+
+def from_nested(label: str, tensors: Mapping[str, Tensor], entries: Sequence[Mapping[str, Any]]) -> list[Posterior]:
+    """The reverse of `nested_tensors` and `nested_structure`.
+
+    Raises:
+        InvalidPosteriorFile: one is of a kind that this version does not know.
+    """
+    members = []
+    for k, entry in enumerate(entries):
+        kind = Posterior._KINDS.get(entry["kind"])
+        if kind is None:
+            msg = f"{label} {k} of the posterior is of kind {entry['kind']!r}, which this version does not know"
+            raise InvalidPosteriorFile(msg)
+        prefix = f"{label}/{k}/"
+        own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+        info = PosteriorInfo(**entry["info"])
+        members.append(kind._from_file(own, list(entry["names"]), info, entry.get("structure", {})))
+    return members
 
 
 def as_generator(seed: torch.Generator | int, device: torch.device | str = "cpu") -> torch.Generator:

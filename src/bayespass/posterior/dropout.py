@@ -135,6 +135,18 @@ class DropoutPosterior(Posterior):
         mean = {name: self._mean[name] for name in chosen}
         return DropoutPosterior(mean, {n: self.rates[n] for n in chosen}, {n: self.sites[n] for n in chosen}, self.info)
 
+    def _tempered(self, temperature: float, info: PosteriorInfo) -> "DropoutPosterior":
+        """Refused.
+
+        Raises:
+            NotImplementedError: always; the spread follows the rate.
+        """
+        msg = (
+            "the spread of a dropout posterior follows its rate p and the weights trained with it, which have no "
+            "temperature; train the network with another rate"
+        )
+        raise NotImplementedError(msg)
+
     def _tensors(self) -> dict[str, Tensor]:
         return {f"mean/{name}": value for name, value in self._mean.items()}
 

@@ -116,6 +116,18 @@ class Empirical(Posterior):
         chosen = choose_names(self.names, names)
         return Empirical([{name: member[name] for name in chosen} for member in self.members], self.info)
 
+    def _tempered(self, temperature: float, info: PosteriorInfo) -> "Empirical":
+        """Refused.
+
+        Raises:
+            NotImplementedError: always; members are points.
+        """
+        msg = (
+            "members are trained networks, and moving them towards or away from their mean makes networks that nobody "
+            "trained; make them at the other temperature: SGLD(temperature=), anchors(temperature=) for an ensemble"
+        )
+        raise NotImplementedError(msg)
+
     def _tensors(self) -> dict[str, Tensor]:
         return {f"member/{k}/{name}": value for k, member in enumerate(self.members) for name, value in member.items()}
 

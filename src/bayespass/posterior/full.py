@@ -119,6 +119,9 @@ class FullGaussian(Posterior):
         flat = torch.cat([vector[name].flatten() for name in self._mean]).to(self._root.dtype)
         return self._unflatten(self._root @ (self._root.mT @ flat))
 
+    def _tempered(self, temperature: float, info: PosteriorInfo) -> "FullGaussian":
+        return FullGaussian(self._mean, self._root * temperature**0.5, info)
+
     def _unflatten(self, vector: Tensor) -> dict[str, Tensor]:
         parts = vector.split([mean.numel() for mean in self._mean.values()])
         return {name: part.view(mean.shape) for (name, mean), part in zip(self._mean.items(), parts, strict=True)}

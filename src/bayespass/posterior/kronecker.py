@@ -169,6 +169,10 @@ class KroneckerGaussian(Posterior):
             for name, v in self._variance_in_basis.items()
         }
 
+    def _tempered(self, temperature: float, info: PosteriorInfo) -> "KroneckerGaussian":
+        scaled = {name: v * temperature for name, v in self._variance_in_basis.items()}
+        return KroneckerGaussian(self._mean, scaled, self._left, self._right, info)
+
     def _from_basis(self, name: str, value: Tensor) -> Tensor:
         """Q_L X Q_R^T, in the parameter's shape."""
         return turned(value, self._left.get(name), self._right.get(name))

@@ -127,6 +127,26 @@ class LowRankGaussian(Posterior):
         log_det = diagonal.log().sum() + 2 * root.diagonal().log().sum()
         return -0.5 * (distance + log_det + gap.numel() * math.log(2 * math.pi))
 
+    def covariance_times(self, vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Cov[theta] x = d x + D^T D x, by name.
+
+        Args:
+            vector: x, a tensor of the parameter's shape for every name.
+
+        Raises:
+            InvalidInput: a parameter is missing.
+        """
+        require_values(self.names, vector)
+        along = torch.stack([(f * vector[name]).flatten(1).sum(1) for name, f in self._factors.items()]).sum(0)
+        return {
+            name: d * vector[name] + torch.tensordot(along, self._factors[name], 1)
+            for name, d in self._diagonal.items()
+        }
+
+    def _tempered(self, temperature: float, info: PosteriorInfo) -> "LowRankGaussian":
+        diagonal = {name: d * temperature for name, d in self._diagonal.items()}
+        return LowRankGaussian(self._mean, diagonal, {n: f * temperature**0.5 for n, f in self._factors.items()}, info)
+
     def _tensors(self) -> dict[str, Tensor]:
         parts = {"mean": self._mean, "diagonal": self._diagonal, "factors": self._factors}
         return {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}

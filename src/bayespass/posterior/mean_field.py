@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bayespass.errors import InvalidInput
-from bayespass.posterior.base import Posterior, PosteriorInfo, as_generator, choose_names
+from bayespass.posterior.base import Posterior, PosteriorInfo, as_generator, choose_names, require_values
 
 
 class DiagonalGaussian(Posterior):
@@ -98,16 +98,28 @@ class DiagonalGaussian(Posterior):
         Raises:
             InvalidInput: a parameter is missing.
         """
-        missing = [name for name in self.names if name not in parameters]
-        if missing:
-            msg = f"log_prob needs a value for every random parameter; missing {', '.join(missing[:3])}"
-            raise InvalidInput(msg)
+        require_values(self.names, parameters)
         terms = [
             -0.5 * ((parameters[name] - mean).square() / self._variance[name] + self._variance[name].log()).sum()
             - 0.5 * mean.numel() * math.log(2 * math.pi)
             for name, mean in self._mean.items()
         ]
         return torch.stack(terms).sum()
+
+    def covariance_times(self, vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Cov[theta] x, by name.
+
+        Args:
+            vector: x, a tensor of the parameter's shape for every name.
+
+        Raises:
+            InvalidInput: a parameter is missing.
+        """
+        require_values(self.names, vector)
+        return {name: v * vector[name] for name, v in self._variance.items()}
+
+    def _tempered(self, temperature: float, info: PosteriorInfo) -> "DiagonalGaussian":
+        return DiagonalGaussian(self._mean, {n: v * temperature for n, v in self._variance.items()}, info)
 
     def _tensors(self) -> dict[str, Tensor]:
         return {f"mean/{n}": t for n, t in self._mean.items()} | {f"variance/{n}": t for n, t in self._variance.items()}

@@ -1,7 +1,6 @@
 """A mixture of posteriors over the same parameters: several IVON runs, an ensemble of Laplaces."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
@@ -9,7 +8,14 @@ import torch
 from torch import Tensor
 
 from bayespass.errors import InvalidInput, InvalidPosteriorFile
-from bayespass.posterior.base import Posterior, PosteriorInfo, as_generator
+from bayespass.posterior.base import (
+    Posterior,
+    PosteriorInfo,
+    as_generator,
+    from_nested,
+    nested_structure,
+    nested_tensors,
+)
 
 
 class Mixture(Posterior):
@@ -126,26 +132,19 @@ class Mixture(Posterior):
             total.add_(value, alpha=weight)
         return total
 
+    def _tempered(self, temperature: float, info: PosteriorInfo) -> "Mixture":
+        """Every component tempered and the weights kept.
+
+        The density to the power 1 / T would also move weight towards the higher modes, by an unknown amount
+        where components overlap; weights are probabilities of modes, which no temperature here has learned.
+        """
+        return Mixture([component.temper(temperature) for component in self.components], self.weights, info)
+
     def _tensors(self) -> dict[str, Tensor]:
-        parts = {
-            f"component/{k}/{key}": tensor
-            for k, component in enumerate(self.components)
-            for key, tensor in component._tensors().items()
-        }
-        return parts | {"weights": self.weights}
+        return nested_tensors("component", self.components) | {"weights": self.weights}
 
     def _structure(self) -> dict[str, Any]:
-        return {
-            "components": [
-                {
-                    "kind": component.kind,
-                    "names": list(component.names),
-                    "info": asdict(component.info),
-                    "structure": component._structure(),
-                }
-                for component in self.components
-            ]
-        }
+        return {"components": nested_structure(self.components)}
 
     @classmethod
     def _from_tensors(cls, tensors: Mapping[str, Tensor], names: list[str], info: PosteriorInfo) -> "Mixture":
@@ -159,16 +158,7 @@ class Mixture(Posterior):
     ) -> "Mixture":
         if "components" not in structure:
             return cls._from_tensors(tensors, names, info)
-        components = []
-        for k, entry in enumerate(structure["components"]):
-            kind = Posterior._KINDS.get(entry["kind"])
-            if kind is None:
-                msg = f"component {k} of the mixture is of kind {entry['kind']!r}, which this version does not know"
-                raise InvalidPosteriorFile(msg)
-            prefix = f"component/{k}/"
-            own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-            own_info = PosteriorInfo(**entry["info"])
-            components.append(kind._from_file(own, list(entry["names"]), own_info, entry.get("structure", {})))
+        components = from_nested("component", tensors, structure["components"])
         return cls(components, tensors["weights"], info)
 
 

@@ -136,6 +136,10 @@ class SampledGaussian(Posterior):
         along = torch.stack([(d * vector[name]).flatten(1).sum(1) for name, d in self.displacements.items()]).sum(0)
         return {name: torch.tensordot(along, d, 1) / self.n_draws for name, d in self.displacements.items()}
 
+    def _tempered(self, temperature: float, info: PosteriorInfo) -> "SampledGaussian":
+        displacements = {name: d * temperature**0.5 for name, d in self.displacements.items()}
+        return SampledGaussian(self._mean, displacements, info)
+
     def _tensors(self) -> dict[str, Tensor]:
         parts = {"mean": self._mean, "displacement": self.displacements}
         return {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
