@@ -5,7 +5,7 @@ from torch import nn
 
 from bayespass import InvalidInput, NotFitted
 from bayespass.posterior.empirical import Empirical
-from bayespass.posterior.sgld import SGLD
+from bayespass.posterior.sgld import SGLD, cyclical_lr
 
 CURVATURE = torch.tensor([1.0, 4.0, 10.0])  # of the mean loss, N = 10
 CENTRE = torch.tensor([0.5, -1.0, 2.0])
@@ -173,3 +173,114 @@ def test_mistakes_are_named():
     model.weight.grad = torch.full_like(model.weight, torch.nan)
     with pytest.raises(InvalidInput, match="gradient of weight is NaN"):
         method.step()
+
+
+def two_modes(place, sd=0.5, mode=3.0):
+    """Gradient of -log(N(-mode, sd^2) + N(mode, sd^2))."""
+    share = torch.sigmoid(2 * mode * place / sd**2)
+    return ((place + mode) * (1 - share) + (place - mode) * share) / sd**2
+
+
+def wander(method, model, gradient, steps):
+    for _ in range(steps):
+        model.weight.grad = gradient(model.weight.detach())
+        method.step()
+        method.collect()
+    return torch.stack([member["weight"] for member in method.posterior().members])
+
+
+class Places(nn.Module):
+    """500 independent chains in one dimension."""
+
+    def __init__(self, start):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((500,), start))
+
+
+def test_cycles_visit_both_modes():
+    """No barrier of e^-18 is crossed at a constant small step; the restarts cross it, and sample inside a mode."""
+    flat = {"n_data": 1, "prior_precision": 1e-9}
+    model = Places(-3.0)
+    plain = wander(SGLD(model.named_parameters(), 0.1, burn_in=10, thin=10, **flat), model, two_modes, 1000)
+    assert (plain < 0).all()
+    model = Places(-3.0)
+    method = SGLD(model.named_parameters(), 1.2, cycle=100, exploration=0.3, thin=70, **flat)
+    states = wander(method, model, two_modes, 1000)
+    assert states.shape == (10, 500)
+    right = states > 0
+    assert (right.any(0) & (~right).any(0)).float().mean() > 0.9
+    assert 0.3 < right.float().mean() < 0.7
+    assert abs((states.abs() - 3).std() / 0.5 - 1) < 0.08  # 1% standard error; and a little of the finite step
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.1])
+def test_cycles_sample_a_gaussian(temperature):
+    """Ends of cycles have the variance T / lambda within 5%, the halves of the stage before them within 8%."""
+    precision, n = 4.0, 10
+
+    def gradient(place):
+        return (precision - 2) / n * (place - 1)  # the prior adds 2 around its own centre
+
+    for thin, tolerance in ((150, 0.05), (75, 0.08)):
+        model = Places(0.0)
+        method = SGLD(
+            model.named_parameters(), 0.1, n, 2.0, temperature, {"weight": torch.ones(500)}, 200, thin,
+            cycle=200, exploration=0.25,
+        )  # fmt: skip
+        states = wander(method, model, gradient, 4200)
+        assert states.shape == (20 * 150 // thin, 500)
+        assert abs((states - 1).square().mean() * precision / temperature - 1) < tolerance
+        assert abs(states.mean() - 1) < 5 * (temperature / precision / states.numel()) ** 0.5
+
+
+def test_exploration_is_without_noise_and_only_the_rest_is_kept():
+    model = Places(0.0)
+    method = SGLD(model.named_parameters(), 0.4, 1, 1e-9, burn_in=10, thin=2, cycle=10, exploration=0.5)
+    kept = []
+    for step in range(30):
+        model.weight.grad = model.weight.detach() - 1
+        before = model.weight.detach().clone()
+        method.step()
+        expected = before - 0.5 * cyclical_lr(step, 10, 0.4) * (before - 1)
+        exact = torch.allclose(model.weight, expected, atol=1e-6)
+        assert exact == (step % 10 < 5)
+        if method.collect():
+            kept.append(step)
+    assert kept == [16, 18, 26, 28]
+    assert method.posterior().info.settings["cycle"] == 10
+    assert method.posterior().info.settings["exploration"] == 0.5
+
+
+def test_the_learning_rate_restarts():
+    rates = [cyclical_lr(step, 5, 2.0) for step in range(11)]
+    assert rates[0] == rates[5] == rates[10] == 2.0
+    assert rates[:5] == sorted(rates[:5], reverse=True)
+    assert 0 < rates[4] < 0.2
+    assert sum(cyclical_lr(step, 1000, 1.0) for step in range(1000)) == pytest.approx(500.5)
+
+
+def test_resuming_inside_a_cycle_is_exact():
+    whole, first, second = Chains(5), Chains(5), Chains(5)
+    settings = {"lr": 1e-2, "n_data": 10, "burn_in": 3, "thin": 2, "cycle": 8, "exploration": 0.4}
+    expected = run(whole, SGLD(whole.named_parameters(), **settings), 30).posterior()
+    half = run(first, SGLD(first.named_parameters(), **settings), 13)
+    second.load_state_dict(first.state_dict())
+    resumed = SGLD(second.named_parameters(), **settings)
+    resumed.load_state_dict(half.state_dict())
+    found = run(second, resumed, 17).posterior()
+    assert torch.equal(second.weight, whole.weight)
+    assert len(found.members) == len(expected.members) > 4
+    assert torch.equal(found.variance["weight"], expected.variance["weight"])
+
+
+def test_mistakes_in_cycles_are_named():
+    model = Chains(1)
+    for bad, match in (
+        ({"cycle": 0}, "cycle must be a whole number"),
+        ({"cycle": 2.5}, "cycle must be a whole number"),
+        ({"cycle": 10, "exploration": 1.0}, r"exploration must lie in \[0, 1\)"),
+        ({"cycle": 10, "exploration": -0.1}, r"exploration must lie in \[0, 1\)"),
+        ({"cycle": 10, "thin": 8}, "no state would be kept: thin=8, but 7 of the 10 steps of a cycle sample"),
+    ):
+        with pytest.raises(InvalidInput, match=match):
+            SGLD(model.named_parameters(), 0.1, 10, **bad)

@@ -19,9 +19,17 @@ finite step multiplies the stationary variance by 1 / (1 - lr lambda / 4), and m
 add the variance of their score, about lr N^2 Var(grad) / (4 B T) in the same relative unit: halve lr
 and see whether the variances move.
 
-Source: Welling and Teh 2011.
+One chain stays around one mode. With `cycle` = C steps the learning rate restarts: it falls from lr to zero
+as lr/2 (cos(pi (k mod C) / C) + 1), k counting steps from 0. The first `exploration` of every cycle runs without
+noise, with steps large enough to reach another mode; the rest samples around it, and only its states are kept.
+That stage begins at a point and not in equilibrium: states kept before lr_1 + lr_2 + .. of the stage has reached a
+few times 2 / lambda are too narrow along curvature lambda, so `thin` at half of the stage or more. How many
+cycles end in a mode follows the size of its basin, not its probability.
+
+Source: Welling and Teh 2011; cycles: Zhang et al. 2020 (arXiv 1902.03932).
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -29,7 +37,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from bayespass.errors import InvalidInput, NotFitted, require_positive
+from bayespass.errors import InvalidInput, NotFitted, require_count, require_positive
 from bayespass.likelihood import Likelihood, SigmaNoise
 from bayespass.posterior.base import PosteriorInfo
 from bayespass.posterior.draws import stream_seed
@@ -54,6 +62,8 @@ class SGLD(Optimizer):
         likelihood: "classification" or "regression".
         sigma_noise: sd of the observation noise, or "predicted", for regression.
         seed: of the noise; equal seeds give equal chains on one device.
+        cycle: steps from one restart of the learning rate to the next; None for a constant one.
+        exploration: share of every cycle without noise, in [0, 1).
         momentum: refused.
 
     Raises:
@@ -75,6 +85,8 @@ class SGLD(Optimizer):
         sigma_noise: SigmaNoise | None = None,
         seed: int = 0,
         momentum: float = 0.0,
+        cycle: int | None = None,
+        exploration: float = 0.25,
     ) -> None:
         require_positive(lr=lr, thin=thin)
         if momentum:
@@ -87,6 +99,10 @@ class SGLD(Optimizer):
             msg = f"burn_in must be at least 0; got {burn_in}"
             raise InvalidInput(msg)
         settings = {"lr": float(lr), "burn_in": burn_in, "thin": thin, "seed": seed}
+        self.cycle, self._explored = cycle, 0
+        if cycle is not None:
+            self._explored = _explored_steps(cycle, exploration, thin)
+            settings |= {"cycle": cycle, "exploration": float(exploration)}
         self.info = PosteriorInfo(
             likelihood, n_data, float(prior_precision), float(temperature), sigma_noise, "sgld", settings
         )
@@ -161,24 +177,35 @@ class SGLD(Optimizer):
             pull = parameter.detach().clone()
             if "prior_mean" in self.state[parameter]:
                 pull -= self.state[parameter]["prior_mean"]
-            parameter.add_(pull, alpha=-0.5 * group["lr"] * group["prior_precision"])
-            parameter.add_(gradient, alpha=-0.5 * group["lr"] * self.info.n_data)
-            parameter.add_(noise, alpha=(group["lr"] * self.info.temperature) ** 0.5)
+            lr = group["lr"] if self.cycle is None else cyclical_lr(self.n_steps, self.cycle, group["lr"])
+            parameter.add_(pull, alpha=-0.5 * lr * group["prior_precision"])
+            parameter.add_(gradient, alpha=-0.5 * lr * self.info.n_data)
+            if self._sampled_after(self.n_steps):
+                parameter.add_(noise, alpha=(lr * self.info.temperature) ** 0.5)
         self.n_steps += 1
         return result
 
     def collect(self) -> bool:
         """Keep the present state if it is past the burn-in and its turn; once per step at most.
 
+        With cycles, every thin-th of the sampling stage is its turn.
+
         Returns:
             whether it was kept.
         """
-        due = self.n_steps > self.burn_in and (self.n_steps - self.burn_in) % self.thin == 0
+        since = self.n_steps - self.burn_in if self.cycle is None else self._sampled_after(self.n_steps - 1)
+        due = self.n_steps > self.burn_in and since > 0 and since % self.thin == 0
         if not due or self.n_steps == self._collected:
             return False
         self._collected = self.n_steps
         self._members.append({name: parameter.detach().clone() for parameter, _, name in self._active()})
         return True
+
+    def _sampled_after(self, step: int) -> int:
+        """Steps with noise in the present cycle, up to and with this one; 0 while it explores."""
+        if self.cycle is None:
+            return step + 1
+        return max(0, step % self.cycle - self._explored + 1)
 
     def posterior(self) -> Empirical:
         """The kept states, equally weighted.
@@ -217,3 +244,39 @@ class SGLD(Optimizer):
         self._members = [
             {name: value.to(devices[name], copy=True) for name, value in member.items()} for member in method["members"]
         ]
+
+
+def cyclical_lr(step: int, steps_per_cycle: int, lr: float) -> float:
+    """lr / 2 (cos(pi (step mod C) / C) + 1): from lr down to almost zero, again and again.
+
+    Args:
+        step: steps done so far, 0 for the first.
+        steps_per_cycle: C.
+        lr: at the start of every cycle.
+
+    Source: Zhang et al. 2020 (arXiv 1902.03932), equation 1.
+
+    >>> [round(cyclical_lr(step, 4, 1.0), 3) for step in range(6)]
+    [1.0, 0.854, 0.5, 0.146, 1.0, 0.854]
+    """
+    return 0.5 * lr * (math.cos(math.pi * (step % steps_per_cycle) / steps_per_cycle) + 1)
+
+
+def _explored_steps(cycle: int, exploration: float, thin: int) -> int:
+    """Steps of a cycle without noise.
+
+    Raises:
+        InvalidInput: a value outside its range, or a sampling stage too short to keep a state of.
+    """
+    require_count(cycle=cycle)
+    if not 0 <= exploration < 1:
+        msg = f"exploration must lie in [0, 1), the share of a cycle without noise; got {exploration}"
+        raise InvalidInput(msg)
+    explored = math.ceil(exploration * cycle)
+    if thin > cycle - explored:
+        msg = (
+            f"no state would be kept: thin={thin}, but {cycle - explored} of the {cycle} steps of a cycle sample; "
+            f"lower thin or exploration, or lengthen the cycle"
+        )
+        raise InvalidInput(msg)
+    return explored
