@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bayespass import InvalidInput, softmax_link
-from bayespass.link import SOBOL_CLASSES, mutual_information
+from bayespass.link import SOBOL_CLASSES, correlated_softmax_link, mutual_information
 
 # (classes, variance): largest mean KL(truth || link) in nats; single_pass notes 3.5 has the originals.
 BOUNDS = {
@@ -152,3 +152,45 @@ def test_a_large_vocabulary_costs_no_copy_per_node():
     with PeakMemory() as memory:
         mutual_information(mean, var)
     assert memory.peak < 0.4 * size
+
+
+@pytest.mark.parametrize(("classes", "bound"), [(3, 2e-4), (10, 2e-3), (50, 1e-2)])
+def test_correlated_logits_against_monte_carlo(classes, bound):
+    """Largest mean KL(truth || link) in nats, for eigenvectors by falling eigenvalue and variances about 1."""
+    generator = torch.Generator().manual_seed(2)
+    mean = 2 * torch.randn(6, classes, generator=generator, dtype=torch.float64)
+    root = torch.linalg.qr(torch.randn(6, classes, classes, generator=generator, dtype=torch.float64))[0]
+    root = root * torch.logspace(0.5, -1, classes, dtype=torch.float64)
+    p = torch.zeros_like(mean)
+    for _ in range(10):
+        noise = torch.randn(6, 4000, classes, generator=generator, dtype=torch.float64)
+        p += (mean[:, None] + noise @ root.mT).softmax(-1).mean(1) / 10
+    q = correlated_softmax_link(mean, root)
+    assert float((p * (p / q).log()).sum(-1).mean()) < bound
+    torch.testing.assert_close(q.sum(-1), torch.ones(6, dtype=torch.float64))
+
+
+def test_uncorrelated_roots_are_the_independent_link():
+    mean, variance = torch.randn(2, 3, 7), torch.rand(2, 3, 7)
+    whole = softmax_link(mean, variance)
+    torch.testing.assert_close(correlated_softmax_link(mean, torch.diag_embed(variance.sqrt())), whole)
+    torch.testing.assert_close(correlated_softmax_link(mean, torch.eye(7), variance.sqrt()), whole)
+
+
+def test_a_shared_root_is_a_root_for_every_row(monkeypatch):
+    mean, scale, root = torch.randn(2, 5, 4), torch.rand(2, 5, 6), torch.randn(4, 6)
+    own = root * scale[..., None, :]
+    whole = correlated_softmax_link(mean, own)
+    torch.testing.assert_close(correlated_softmax_link(mean, root, scale), whole)
+    monkeypatch.setattr("bayespass.link.NODE_ELEMENTS", 1500)  # two rows at a time
+    torch.testing.assert_close(correlated_softmax_link(mean, root, scale), whole)
+    torch.testing.assert_close(correlated_softmax_link(mean, own), whole)
+    half = correlated_softmax_link(mean.bfloat16(), root.bfloat16(), scale.bfloat16())
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), whole, rtol=0.1, atol=0.02)
+
+
+@pytest.mark.parametrize("root", [torch.zeros(3, 5, 2), torch.zeros(4, 2), torch.zeros(2, 4, 2), torch.zeros(4)])
+def test_a_root_that_does_not_fit_is_refused(root):
+    with pytest.raises(InvalidInput, match="root must have shape"):
+        correlated_softmax_link(torch.zeros(3, 4), root)

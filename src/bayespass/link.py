@@ -1,4 +1,4 @@
-"""Class probabilities from Gaussian logits: E[softmax(z)] for z ~ N(mean, diag(variance)).
+"""Class probabilities from Gaussian logits: E[softmax(z)] for z ~ N(mean, diag(variance)) or N(mean, R R^T).
 
     "sobol"       64 fixed quasi-random nodes, deterministic; best up to a few thousand classes
     "delta"       second order in the variance (at most 1), clamped and renormalised
@@ -6,6 +6,8 @@
     "mean_field"  one-sided mean field, 1 / sum_i exp((m_i - m_k) / sqrt(1 + pi/8 v_k))
     "probit"      softmax(m / sqrt(1 + pi/8 v)): worse than no variance for many classes
     "auto"        "sobol" up to 4,096 classes, "top_k" beyond
+
+Correlated logits go by Sobol nodes in the space of the root R.
 
 Rows are worked on in parts, so that a large vocabulary costs little memory beyond the result itself.
 
@@ -57,6 +59,52 @@ def softmax_link(mean: Tensor, variance: Tensor, link: Link = "auto") -> Tensor:
         link = "sobol" if mean.shape[-1] <= SOBOL_CLASSES else "top_k"
     compute = {"sobol": _sobol, "delta": _delta, "top_k": _top_k, "mean_field": _mean_field, "probit": _probit}[link]
     return _by_rows(compute, mean, variance)
+
+
+def correlated_softmax_link(mean: Tensor, root: Tensor, scale: Tensor | None = None) -> Tensor:
+    """E[softmax(z)] for z = mean + R diag(scale) e, e standard normal, at 64 fixed Sobol nodes.
+
+    Largest first: nodes cover the first columns of R best, so that eigenvectors times the square roots of
+    falling eigenvalues are better than a Cholesky factor.
+
+    Args:
+        mean: (..., C) logit means.
+        root: R (..., C, K); with `scale` also (C, K), one for all rows.
+        scale: (..., K) standard deviations along the columns of R; 1 by default.
+
+    Returns:
+        probabilities (..., C), rows sum to one.
+
+    Raises:
+        InvalidInput: shapes that do not fit.
+
+    >>> common = torch.ones(1, 2, 1)  # both logits move together, which changes no probability
+    >>> correlated_softmax_link(torch.tensor([[2.0, 0.0]]), common)
+    tensor([[0.8808, 0.1192]])
+    """
+    n_classes, width = root.shape[-2:] if root.dim() > 1 else (0, 0)
+    shared = scale is not None and root.dim() == 2
+    fits = n_classes == mean.shape[-1] and (shared or root.shape[:-2] == mean.shape[:-1])
+    if not fits or (scale is not None and scale.shape != (*mean.shape[:-1], width)):
+        scaled = "" if scale is None else f" and {tuple(scale.shape)}"
+        msg = (
+            f"root must have shape (*{tuple(mean.shape)}, K), or (C, K) with a scale of shape "
+            f"(*{tuple(mean.shape[:-1])}, K); got {tuple(root.shape)}{scaled}"
+        )
+        raise InvalidInput(msg)
+    dtype = torch.float32 if mean.dtype in (torch.float16, torch.bfloat16) else mean.dtype
+    nodes = _nodes(width).to(mean.device, dtype)
+    means = mean.reshape(-1, n_classes)
+    roots = root if shared else root.reshape(-1, n_classes, width)
+    scales = None if scale is None else scale.reshape(-1, width)
+    n_rows = max(1, NODE_ELEMENTS // (N_NODES * (n_classes + width) + (0 if shared else n_classes * width)))
+    found = []
+    for start in range(0, len(means), n_rows):
+        rows = slice(start, start + n_rows)
+        along = nodes if scales is None else nodes * scales[rows, None].to(dtype)
+        gap = along @ (roots if shared else roots[rows]).to(dtype).mT  # (rows, nodes, C)
+        found.append(torch.softmax(means[rows, None].to(dtype) + gap, -1).mean(1).to(mean.dtype))
+    return torch.cat(found).reshape(mean.shape) if found else mean
 
 
 def mutual_information(mean: Tensor, variance: Tensor) -> Tensor:
