@@ -17,6 +17,7 @@ RUNS = {
         r"single pass .*'accuracy': '0\.\d+ ± .*'nll'",
     ),
     "lora_posterior.py": (["--epochs", "12"], ("transformers", "peft"), r"single pass .*'accuracy': '0\.[5-9]"),
+    "after_training.py": (["--epochs", "30"], ("torch",), r"null space: .*AUROC .* (1|0\.9)"),
     "lightning_module.py": (["--epochs", "20"], ("lightning",), r"single pass .*'coverage_95': '(1|0\.[89])"),
 }
 

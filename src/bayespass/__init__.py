@@ -35,6 +35,9 @@ from bayespass.forecasting import PatchForecaster as PatchForecaster
 from bayespass.forecasting import windows as windows
 from bayespass.inspect import Coverage as Coverage
 from bayespass.inspect import inspect_model as inspect_model
+from bayespass.integrations.checkpoints import from_checkpoints as from_checkpoints
+from bayespass.integrations.ivon_opt import from_ivon_opt as from_ivon_opt
+from bayespass.integrations.laplace_torch import from_laplace_torch as from_laplace_torch
 from bayespass.likelihood import gaussian_nll as gaussian_nll
 from bayespass.link import softmax_link as softmax_link
 from bayespass.moments import Moments as Moments
@@ -59,6 +62,10 @@ from bayespass.posterior.low_rank import LowRankGaussian as LowRankGaussian
 from bayespass.posterior.mean_field import DiagonalGaussian as DiagonalGaussian
 from bayespass.posterior.method import TrainingMethod as TrainingMethod
 from bayespass.posterior.mixture import Mixture as Mixture
+from bayespass.posterior.null_space import NullSpace as NullSpace
+from bayespass.posterior.null_space import NullSpaceReport as NullSpaceReport
+from bayespass.posterior.product import Product as Product
+from bayespass.posterior.sampled_gaussian import SampledGaussian as SampledGaussian
 from bayespass.posterior.scale import Scale as Scale
 from bayespass.posterior.score_matching import ScoreVI as ScoreVI
 from bayespass.posterior.score_mixture import ScoreVIMixture as ScoreVIMixture
@@ -68,8 +75,13 @@ from bayespass.posterior.selection import frozen_except as frozen_except
 from bayespass.posterior.selection import last_layer as last_layer
 from bayespass.posterior.selection import select_parameters as select_parameters
 from bayespass.posterior.sgld import SGLD as SGLD
+from bayespass.posterior.sgld import cyclical_lr as cyclical_lr
 from bayespass.posterior.swag import SWAG as SWAG
 from bayespass.predict.dataset import predict_dataset as predict_dataset
+from bayespass.predict.joint import JointPass as JointPass
+from bayespass.predict.linearised import Linearised as Linearised
+from bayespass.predict.margin import Margin as Margin
+from bayespass.predict.margin import MarginPrediction as MarginPrediction
 from bayespass.predict.propagation import SinglePass as SinglePass
 from bayespass.predict.propagation import propagate as propagate
 from bayespass.predict.sampling import MeanNetwork as MeanNetwork

@@ -307,7 +307,8 @@ def marginals(piece: Piece, variance: Mapping[str, Tensor], left: Bases, right: 
 def _in_basis(piece: Piece, variance: Mapping[str, Tensor], left: Bases, right: Bases) -> list[tuple[Tensor, Tensor]]:
     """Pairs g (n, R, c) and v (M, n, c), one of the two n may be 1, whose sum_c g_r v g_s make the covariance."""
     if isinstance(piece, EmbeddingPiece) and piece.weight not in left and piece.weight not in right:
-        return [(piece.grads.flatten(2), variance[piece.weight][:, piece.numbers].flatten(2))]
+        spread = variance[piece.weight][:, piece.numbers].flatten(2)
+        return [(piece.grads.flatten(2).to(spread.dtype), spread)]
     found: list[tuple[Tensor, Tensor]] = []
     if not isinstance(piece, LinearPiece) or piece.inputs.shape[1:3] != (1, 1):
         for name, block in dense(piece).items():
@@ -325,7 +326,8 @@ def _in_basis(piece: Piece, variance: Mapping[str, Tensor], left: Bases, right: 
         found.append((_turned_grads(piece, rows, spread), inputs.square() @ spread.mT))
     if piece.bias is not None:
         spread = variance[piece.bias]
-        found.append((_turned_grads(piece, left.get(piece.bias), spread), spread[:, None]))
+        spread = spread[:, None].expand(-1, len(piece.inputs) if piece.grads is None else 1, -1)
+        found.append((_turned_grads(piece, left.get(piece.bias), spread), spread))
     return found
 
 

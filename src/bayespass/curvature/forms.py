@@ -134,23 +134,12 @@ def times(piece: Piece, columns: Mapping[str, Tensor]) -> Tensor:
 
 def form_marginals(pieces: Iterable[Piece], form: Basis) -> Tensor:
     """(M, n, R) of all pieces that the form is about."""
-    return sum_of(
-        _for_all_rows(marginals(piece, form.variance, form.left, form.right), piece) for piece in _about(pieces, form)
-    )
+    return sum_of(marginals(piece, form.variance, form.left, form.right) for piece in _about(pieces, form))
 
 
 def form_covariance(pieces: Iterable[Piece], form: Basis) -> Tensor:
     """(M, n, R, R) of all pieces that the form is about."""
-    return sum_of(
-        _for_all_rows(covariance(piece, form.variance, form.left, form.right), piece) for piece in _about(pieces, form)
-    )
-
-
-def _for_all_rows(value: Tensor, piece: Piece) -> Tensor:
-    """(M, n, ...): the bias of a last layer alone is the same for all rows, and comes as one."""
-    if not isinstance(piece, LinearPiece) or value.shape[1] == len(piece.inputs):
-        return value
-    return value.expand(-1, len(piece.inputs), *value.shape[2:])
+    return sum_of(covariance(piece, form.variance, form.left, form.right) for piece in _about(pieces, form))
 
 
 def _about(pieces: Iterable[Piece], form: Basis) -> Iterator[Piece]:
