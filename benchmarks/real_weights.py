@@ -113,9 +113,7 @@ def run_resnet(data: Path, seed: int, sizes: Sizes = RESNET) -> list[dict[str, A
     inputs, labels = images("cifar10_test1017.pk.npz")
     order = torch.randperm(len(labels), generator=generator)
     prior, scales, evaluated = order.split([sizes.prior, sizes.scales, len(order) - sizes.prior - sizes.scales])
-    laplace, fitted = fit_laplace(
-        model, model, train, in_batches((inputs[prior], labels[prior]), 100), seed, sizes, chunk_size=16
-    )
+    laplace, fitted = fit_laplace(model, model, train, in_batches((inputs[prior], labels[prior]), 100), seed, sizes)
     unlabelled = list(inputs[scales].split(50))
     test = {"resnet20": in_batches((inputs[evaluated], labels[evaluated]), 125)}
     return measure(model, model, laplace.posterior(), unlabelled, test, seed, sizes, fitted)
@@ -252,9 +250,7 @@ def run_minilm(data: Path, folder: Path, seed: int, sizes: Sizes = MINILM) -> li
     prior, scales = some("sst2.dev.txt.gz", sizes.prior, sizes.scales)
     (sst2,), (reviews,) = some("sst2.test.txt.gz", sizes.evaluated), some("customer_reviews.txt.gz", sizes.evaluated)
     quick = remembering(model)
-    laplace, fitted = fit_laplace(
-        model, quick, padded(tokenizer, texts, labels, chosen), prior, seed, sizes, chunk_size=16
-    )
+    laplace, fitted = fit_laplace(model, quick, padded(tokenizer, texts, labels, chosen), prior, seed, sizes)
     posterior = laplace.posterior()
     with torch.inference_mode():
         for inputs, _ in sst2[:2]:  # remembering changes nothing
@@ -269,7 +265,7 @@ def run_minilm(data: Path, folder: Path, seed: int, sizes: Sizes = MINILM) -> li
 
 
 def fit_laplace(
-    model: nn.Module, quick: nn.Module, train: Batches, held_out: Batches, seed: int, sizes: Sizes, chunk_size: int
+    model: nn.Module, quick: nn.Module, train: Batches, held_out: Batches, seed: int, sizes: Sizes
 ) -> tuple[Laplace, dict[str, Any]]:
     """Diagonal Laplace with sampled labels and the prior precision of the lowest held-out log loss.
 
@@ -280,13 +276,12 @@ def fit_laplace(
         held_out: labelled rows for the prior precision.
         seed: of the draws.
         sizes: of the network.
-        chunk_size: rows whose gradients are held at once.
 
     Returns:
         the method, and how it was fitted.
     """
     temperature = sizes.curvature / sizes.stands_for
-    laplace = Laplace(model, curvature="mc", temperature=temperature).fit(train, chunk_size)
+    laplace = Laplace(model, curvature="mc", temperature=temperature).fit(train)
     laplace.model = quick
     draws = sizes.prior_draws
 

@@ -26,6 +26,12 @@ from torch import nn
 def digits():
     return nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
 
+def dropped():
+    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Dropout(0.2), nn.Linear(64, 10))
+
+def wide():
+    return nn.Sequential(nn.Linear(64, 40), nn.Tanh(), nn.Linear(40, 10))
+
 def pixels():
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
 
@@ -97,7 +103,10 @@ def _inside(project, monkeypatch):
 # --- every method ---
 
 
-@pytest.mark.parametrize("method", list(Method))
+OTHERS = (Method.NULL_SPACE, Method.SWAG, Method.SGLD, Method.ENSEMBLE, Method.MC_DROPOUT, Method.SCORE_VI_MIXTURE)
+
+
+@pytest.mark.parametrize("method", [method for method in Method if method not in OTHERS])
 def test_every_method_ends_in_a_posterior_that_compare_reads(project, tmp_path, method):
     training = [] if method == Method.LAPLACE else ["--epochs", "8"]
     fit("fit_net:digits", "digits.npz", "-o", tmp_path / "out", "--method", method, "--map-epochs", "30",
@@ -117,7 +126,8 @@ def test_every_method_ends_in_a_posterior_that_compare_reads(project, tmp_path, 
     assert set(load_scales(tmp_path / "out" / "posterior.safetensors")) == ({"0", ""} if first else {"0", "2", ""})
     log = log_of(tmp_path / "out")
     assert log["validation_rows"] == 30
-    assert set(log["validation"]) == {"map", "single_pass", "mc16"}
+    own = {"linearised"} if method == Method.LAPLACE else set()
+    assert set(log["validation"]) == {"map", "single_pass", "mc16"} | own
     assert log["validation"]["map"]["accuracy"]["value"] > 0.8
     for figures in log["validation"].values():
         assert figures["accuracy"]["value"] > 0.6
@@ -125,7 +135,7 @@ def test_every_method_ends_in_a_posterior_that_compare_reads(project, tmp_path, 
     assert len(log["warm_start"]["losses"]) == 30 * 5
     assert log["training"] is None if method == Method.LAPLACE else log["training"]["steps"] == 8 * 5
     calibration = json.loads((tmp_path / "out" / "calibration.json").read_text())
-    assert set(calibration["temperature"]) == {"map", "single_pass", "mc16"}
+    assert set(calibration["temperature"]) == {"map", "single_pass", "mc16"} | own
 
     words = log["next"].split()
     assert words[:2] == ["bayespass", "compare"]
@@ -135,6 +145,70 @@ def test_every_method_ends_in_a_posterior_that_compare_reads(project, tmp_path, 
     rows = {row["predictor"]: row["scores"] for row in json.loads(compared.read_text())["rows"]}
     for name, ours in (("map", "map"), ("cvp", "single_pass"), ("mc16", "mc16")):
         assert rows[name]["nll"]["value"] == pytest.approx(log["validation"][ours]["nll"]["value"], rel=1e-4)
+
+
+FEW = {
+    Method.NULL_SPACE: ("wide", ["--members", "8", "--validation", "0.4"], "sampled_gaussian", {"map", "linearised"}),
+    Method.SWAG: ("digits", ["--epochs", "8"], "low_rank_gaussian", {"map", "single_pass", "mc16"}),
+    Method.SGLD: ("digits", ["--epochs", "8", "--members", "10"], "empirical", {"map", "mc10"}),
+    Method.ENSEMBLE: ("digits", ["--members", "3"], "empirical", {"map", "mc3"}),
+    Method.MC_DROPOUT: ("dropped", [], "dropout", {"map", "single_pass", "mc16"}),
+    Method.SCORE_VI_MIXTURE: ("digits", ["--epochs", "8"], "mixture", {"map", "single_pass", "mc16"}),
+}
+
+
+@pytest.mark.parametrize("method", OTHERS)
+def test_posteriors_of_trained_networks(project, tmp_path, method):
+    network, options, kind, predictors = FEW[method]
+    out = tmp_path / "out"
+    printed = fit(f"fit_net:{network}", "digits.npz", "-o", out, "--method", method, "--map-epochs", "30", "--map-lr", "0.02",
+                  *options)  # fmt: skip
+    model = build_model(f"fit_net:{network}", out / "model.safetensors")
+    posterior = Posterior.load(out / "posterior.safetensors", model)
+    assert posterior.kind == kind
+    assert posterior.info.n_data == (180 if method == Method.NULL_SPACE else 270)
+    log = log_of(out)
+    assert set(log["validation"]) == predictors
+    for figures in log["validation"].values():
+        assert figures["accuracy"]["value"] > 0.8
+    worst = max(figures["nll"]["value"] for figures in log["validation"].values())
+    assert worst < 2 * log["validation"]["map"]["nll"]["value"]
+    assert not list(out.glob("*.checkpoint"))
+    if method == Method.NULL_SPACE:
+        assert posterior.info.method == "null_space"
+        assert "linearised network" in printed
+    words = log["next"].split()[1:]
+    result = CliRunner().invoke(app, [*words, "--quiet", *([] if "--reference" in words else ["--predictors", "map", "--reference", "16"])])  # fmt: skip
+    assert result.exit_code == 0, result.exception
+
+
+@pytest.mark.parametrize("structure", ["kron", "full"])
+def test_laplace_structures(tmp_path, structure):
+    out = tmp_path / "out"
+    fit("fit_net:digits", "digits.npz", "-o", out, "--method", "laplace", "--hessian-structure", structure, "--names", "last",
+        "--map-epochs", "30")  # fmt: skip
+    network = build_model("fit_net:digits", out / "model.safetensors")
+    posterior = Posterior.load(out / "posterior.safetensors", network)
+    assert posterior.kind == {"kron": "kronecker_gaussian", "full": "full_gaussian"}[structure]
+    assert posterior.names == ("2.weight", "2.bias")
+    assert any("curvature" in note for note in log_of(out)["notes"])
+
+
+@pytest.mark.parametrize(("method", "stage"), [("swag", "method"), ("sgld", "method"), ("ensemble", "member1")])
+def test_collected_weights_survive_a_kill(tmp_path, method, stage):
+    more = ["--epochs", "40"] if method != "ensemble" else ["--members", "3"]
+    command = ["fit_net:digits", "digits.npz", "--method", method, "--map-epochs", "20", "--checkpoint-every", "3", *more]
+    fit(*command, "-o", tmp_path / "whole")
+    process = start(tmp_path / "cut", command)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "cut" / f"{stage}.checkpoint").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "cut" / "log.json").exists()
+    fit(*command, "-o", tmp_path / "cut")
+    for name in ("posterior.safetensors", "model.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
 
 
 def test_names_choose_what_is_random_and_the_rest_stays(tmp_path):
@@ -329,9 +403,9 @@ def test_ivon_on_a_trained_folder_is_cold_and_on_random_weights_warm():
 RUN = ("fit_net:digits", "digits.npz", "--map-epochs", "120", "--epochs", "120", "--checkpoint-every", "7")
 
 
-def start(output):
+def start(output, command=()):
     return subprocess.Popen(
-        [sys.executable, "-m", "bayespass", "fit", *RUN, "-o", str(output), "--quiet"],
+        [sys.executable, "-m", "bayespass", "fit", *(command or RUN), "-o", str(output), "--quiet"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},  # as many threads as the run here: sums are rounded alike
     )  # fmt: skip
@@ -409,6 +483,12 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
         (["fit_net:digits", "digits.csv"], "needs --target"),
         (["fit_net:line", "digits.npz"], "cannot be run on two rows"),
         (["fit_net:digits", "digits.npz", "--epochs", "3", "--method", "laplace"], "--epochs 3 does not apply to --method laplace"),
+        (["fit_net:digits", "digits.npz", "--members", "3", "--method", "elbo"], "--members 3 does not apply to --method elbo"),
+        (["fit_net:digits", "digits.npz", "--hessian-structure", "kron"], "--hessian-structure kron does not apply"),
+        (["fit_net:digits", "digits.npz", "--rows", "pixels", "--method", "null-space"], "--rows must be outputs or loss"),
+        (["fit_net:digits", "digits.npz", "--temperature", "2", "--method", "swag"], "--temperature 2.0 does not apply"),
+        (["fit_net:digits", "digits.npz", "--method", "swag", "--epochs", "1"], "--epochs must be at least 2 for swag"),
+        (["fit_net:digits", "digits.npz", "--method", "mc-dropout"], "no nn.Dropout"),
         (["fit_net:digits", "digits.npz", "--hess-init", "1", "--method", "elbo"], "--hess-init 1.0 does not apply"),
         (["fit_net:digits", "digits.npz", "--names", "last", "--method", "first-layer"], "--names last does not apply"),
         (["fit_net:digits", "digits.npz", "--names", "("], "regular expression"),

@@ -13,6 +13,7 @@ from bayespass.calibrate.temperature import TemperatureScaling as TemperatureSca
 from bayespass.calibrate.variance_scale import VarianceScales as VarianceScales
 from bayespass.calibrate.variance_scale import fit_scales as fit_scales
 from bayespass.calibrate.variance_scale import load_scales as load_scales
+from bayespass.curvature.coverage import CurvatureCoverage as CurvatureCoverage
 from bayespass.errors import BayespassError as BayespassError
 from bayespass.errors import InvalidInput as InvalidInput
 from bayespass.errors import InvalidPosteriorFile as InvalidPosteriorFile
@@ -57,13 +58,13 @@ from bayespass.posterior.full import FullGaussian as FullGaussian
 from bayespass.posterior.ivon import IVON as IVON
 from bayespass.posterior.kronecker import KroneckerGaussian as KroneckerGaussian
 from bayespass.posterior.laplace import Laplace as Laplace
-from bayespass.posterior.laplace import PriorTuning as PriorTuning
 from bayespass.posterior.low_rank import LowRankGaussian as LowRankGaussian
 from bayespass.posterior.mean_field import DiagonalGaussian as DiagonalGaussian
 from bayespass.posterior.method import TrainingMethod as TrainingMethod
 from bayespass.posterior.mixture import Mixture as Mixture
 from bayespass.posterior.null_space import NullSpace as NullSpace
 from bayespass.posterior.null_space import NullSpaceReport as NullSpaceReport
+from bayespass.posterior.prior_tuning import PriorTuning as PriorTuning
 from bayespass.posterior.product import Product as Product
 from bayespass.posterior.sampled_gaussian import SampledGaussian as SampledGaussian
 from bayespass.posterior.scale import Scale as Scale

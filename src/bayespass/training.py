@@ -196,7 +196,7 @@ def train(
                 run.epoch, run.windows = run.epoch + 1, 0
             if update_norms:
                 _seed_epoch(loader, seed, epochs)
-                _update_norms(model, loader)
+                recompute_norms(model, loader)
             save()
     finally:
         if not keep_modes:
@@ -248,7 +248,8 @@ class _Called(nn.Module):
         return self.model(*args, **kwargs)
 
 
-def _update_norms(model: nn.Module, loader: Iterable[Any]) -> None:
+def recompute_norms(model: nn.Module, loader: Iterable[Any]) -> None:
+    """Recompute the running statistics of batch norms at the present weights, from the inputs of a loader."""
     modes = {module: module.training for module in model.modules()}
     try:
         update_bn(([inputs] for inputs in input_batches(loader, device_of(model))), _Called(model))

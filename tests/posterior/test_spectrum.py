@@ -173,11 +173,39 @@ def test_mistakes_name_themselves():
         Laplace(model, hessian_structure="block")  # type: ignore[arg-type]
     with pytest.raises(InvalidInput, match="has curvature='ggn' only; got 'mc'"):
         Laplace(model, hessian_structure="full", curvature="mc")
-    convolution = nn.Sequential(nn.Conv1d(1, 2, 2), nn.Flatten(), nn.Linear(4, 3)).eval()
-    with pytest.raises(InvalidInput, match=r"0\.weight belongs to a Conv1d; leave it out with names="):
-        Laplace(convolution, hessian_structure="kron").fit([(inputs[:, None], labels)])
+    with pytest.raises(InvalidInput, match="kfac_approx must be 'expand' or 'reduce'; got 'both'"):
+        Laplace(model, hessian_structure="kron", kfac_approx="both")  # type: ignore[arg-type]
     with torch.no_grad():
         model[0].weight[0, 0] = torch.nan
     for structure, what in (("diag", "parameter"), ("kron", "layer"), ("full", "parameters")):
         with pytest.raises(InvalidInput, match=rf"curvature of {what} 0.* is NaN or infinite"):
             Laplace(model, hessian_structure=structure).fit([(inputs, labels)])
+
+
+def test_networks_with_norms_and_convolutions_mix_factors_and_diagonals():
+    """The posterior keeps its contract, and its diagonal part is the diagonal Laplace's own."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 2, groups=2), nn.Flatten(), nn.Linear(36, 3)
+    ).eval()
+    loader = [(torch.randn(12, 1, 6, 6), torch.arange(12) % 3)]
+    for approx in ("expand", "reduce"):
+        laplace = Laplace(model, hessian_structure="kron", kfac_approx=approx).fit(loader)
+        posterior = laplace.posterior()
+        check_posterior(posterior, model)
+        plain = Laplace(model).fit(loader).posterior()
+        for name in ("1.weight", "1.bias", "3.weight", "3.bias"):
+            torch.testing.assert_close(posterior.variance[name], plain.variance[name])
+        assert set(laplace.spectrum_.left) == {"0.weight", "0.bias", "5.weight", "5.bias"}
+
+
+@pytest.mark.parametrize("structure", ["diag", "kron", "full"])
+def test_a_small_memory_gives_the_same_posterior(structure):
+    model, inputs, labels = classifier()
+    small = 40 * 45**2 if structure == "full" else 1
+    one, other = (
+        Laplace(model, hessian_structure=structure, max_memory=room).fit([(inputs, labels)]).posterior()
+        for room in (2**30, small)
+    )
+    for name, variance in one.variance.items():
+        torch.testing.assert_close(other.variance[name], variance, rtol=1e-4, atol=1e-6)

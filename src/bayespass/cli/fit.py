@@ -5,10 +5,42 @@ import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from bayespass.cli.fit_options import (
+    Antithetic,
+    BatchSize,
+    DataPath,
+    Device,
+    Epochs,
+    Every,
+    Features,
+    HessInit,
+    ImageSize,
+    Likelihood,
+    MapEpochs,
+    MapRate,
+    Members,
+    MethodName,
+    Names,
+    Output,
+    PriorPrecision,
+    Projected,
+    Quiet,
+    Rate,
+    Samples,
+    Seed,
+    SigmaNoise,
+    Standardize,
+    Structure,
+    Target,
+    Temperature,
+    Text,
+    Validation,
+    WeightDecay,
+)
 from bayespass.cli.fit_settings import Method, Settings, Start, check, resolve
 from bayespass.cli.models import SAFE_WEIGHTS, Model, Weights, open_model
 from bayespass.errors import InvalidInput
@@ -17,79 +49,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from bayespass.cli.data import Data, Recipe
-
-DataPath = Annotated[
-    Path,
-    typer.Argument(help="npz, csv or parquet file, or a folder with one subfolder of images per class."),
-]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for model, posterior, calibration and log.")]
-MethodName = Annotated[Method, typer.Option(help="How the posterior is learned.")]
-Likelihood = Annotated[str, typer.Option(help="classification or regression.")]
-SigmaNoise = Annotated[
-    str | None,
-    typer.Option(help="Regression: sd of the noise, in the targets' unit, or `predicted` by the model's last axis."),
-]
-Names = Annotated[
-    str | None,
-    typer.Option(
-        help="Random parameters: all, first or last layer that runs, or a regular expression. Default: all; "
-        "first for first-layer."
-    ),
-]
-Epochs = Annotated[
-    int | None,
-    typer.Option(min=1, help="Of the method. Default: 20; from random weights at least 2000 updates."),
-]
-MapEpochs = Annotated[
-    int | None,
-    typer.Option(
-        min=0,
-        help="Of AdamW before the method. Default: 0 for trained weights, 3 for a folder with a new head, "
-        "as --epochs for random weights, which module:factory counts as without --weights.",
-    ),
-]
-Rate = Annotated[
-    float | None,
-    typer.Option(
-        help="Learning rate of the method, lowered to 0 by a cosine. Default: 0.1 ivon, 0.05 score-vi, 0.001."
-    ),
-]
-MapRate = Annotated[
-    float | None, typer.Option(help="The same for AdamW. Default: 2e-3 from random weights, else 5e-5.")
-]
-BatchSize = Annotated[int, typer.Option(min=1, help="Rows per batch.")]
-PriorPrecision = Annotated[
-    float | None,
-    typer.Option(
-        help="a0 of the prior N(0, 1/a0). Default: 2e-4 N; laplace tunes it, first-layer takes 1 / mean square weight."
-    ),
-]
-WeightDecay = Annotated[float | None, typer.Option(help="Instead of the prior precision: a0 / N. AdamW uses it too.")]
-Temperature = Annotated[
-    float | None,
-    typer.Option(help="Below 1 the posterior is colder than Bayes. Default: 1; 0.001 for ivon on a trained folder."),
-]
-HessInit = Annotated[
-    float | None, typer.Option(help="ivon: initial curvature. Default: 0.5; 0.01 on a trained folder.")
-]
-Samples = Annotated[int | None, typer.Option(min=1, help="Weight samples per step. Default: 1, or 2 if antithetic.")]
-Antithetic = Annotated[bool, typer.Option("--antithetic", help="Weight samples in mirrored pairs: less noise.")]
-Validation = Annotated[str, typer.Option(help="Share of the rows that is held out, or a file or folder like DATA.")]
-Seed = Annotated[int, typer.Option(help="Seed of random weights, split, order and draws.")]
-Target = Annotated[str | None, typer.Option(help="Column to predict; for npz the array, `targets` by default.")]
-Text = Annotated[str | None, typer.Option(help="Column of texts, for the tokenizer in the model folder.")]
-Features = Annotated[str | None, typer.Option(help="Comma-separated columns to use. Default: all but the target.")]
-Standardize = Annotated[
-    bool | None,
-    typer.Option(
-        "--standardize/--no-standardize",
-        help="Columns to mean 0 and sd 1 of the training rows. Default: if the weights are random.",
-    ),
-]
-ImageSize = Annotated[int | None, typer.Option(min=1, help="Resize images to this square, for module:factory.")]
-Every = Annotated[int, typer.Option(min=1, help="Updates between checkpoints.")]
-Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 
 RESULTS = ("model", "model.safetensors", "posterior.safetensors", "calibration.json", "data.json", "log.json")
 SETTINGS = "settings.json"
@@ -115,6 +74,9 @@ def fit_command(
     hess_init: HessInit = None,
     samples: Samples = None,
     antithetic: Antithetic = False,
+    members: Members = None,
+    hessian_structure: Structure = None,
+    rows: Projected = None,
     validation: Validation = "0.1",
     seed: Seed = 0,
     target: Target = None,
@@ -138,12 +100,13 @@ def fit_command(
     asked = Settings(
         method, likelihood, _sigma_noise(sigma_noise), names, epochs, map_epochs, lr, map_lr, batch_size,
         prior_precision, weight_decay, temperature, hess_init, samples, antithetic, seed,
+        members, hessian_structure, rows,
     )  # fmt: skip
     check(asked)
     import torch
 
     from bayespass.cli import data as reading
-    from bayespass.cli.fit_results import measure, write_model, write_results
+    from bayespass.cli.fit_results import compared, measure, write_model, write_results
     from bayespass.cli.fit_run import CHECKPOINTS, run
 
     torch.manual_seed(seed)
@@ -170,7 +133,14 @@ def fit_command(
         return
     place = _device(device)
     network.to(place)
-    outcome = run(network, training.to(place), settings, output, checkpoint_every, progress=not quiet)
+
+    def build(other_seed: int) -> "nn.Module":
+        torch.manual_seed(other_seed)
+        return open_model(model, weights)[0]
+
+    outcome = run(
+        network, build, training.to(place), held_out.to(place), settings, output, checkpoint_every, progress=not quiet
+    )
     scales, calibration, figures, more = measure(
         network, outcome.posterior, held_out.to(place), batch_size, seed, progress=not quiet
     )
@@ -193,7 +163,7 @@ def fit_command(
         **{name: None if log is None else log.to_dict() for name, log in logs.items()},
         "validation": figures,
         "notes": [*notes, *outcome.notes, *more],
-        "next": _next(model, folder, written, data, output, validation, recipe),
+        "next": _next(model, folder, written, data, output, validation, recipe, compared(outcome.posterior)),
     }
     write_results(output, recipe, calibration, log)
     _tidy(output, CHECKPOINTS)
@@ -362,7 +332,14 @@ def _versions() -> dict[str, str]:
 
 
 def _next(
-    model: str, folder: Path | None, written: Path, data: Path, output: Path, validation: str, recipe: "Recipe"
+    model: str,
+    folder: Path | None,
+    written: Path,
+    data: Path,
+    output: Path,
+    validation: str,
+    recipe: "Recipe",
+    options: list[str],
 ) -> str:
     """The command that compares predictors on the validation rows."""
     spec = model if folder is None else str(written)
@@ -376,6 +353,7 @@ def _next(
     ]
     command += ["--weights", str(written)] if folder is None else []
     command += ["--recipe", str(output / "data.json")] + (["--rows", "validation"] if own_rows else [])
+    command += options
     return shlex.join(command)
 
 

@@ -18,14 +18,22 @@ from bayespass.errors import UnsupportedOp
 from bayespass.evaluate.scores import Scores, evaluate
 from bayespass.files import replacing, write_json
 from bayespass.posterior.base import Posterior
+from bayespass.posterior.empirical import Empirical
+from bayespass.posterior.sampled_gaussian import SampledGaussian
 from bayespass.predict.dataset import predict_dataset
+from bayespass.predict.linearised import Linearised
 from bayespass.predict.propagation import SinglePass
 from bayespass.predict.sampling import MeanNetwork, MonteCarlo
 from bayespass.prediction import ClassificationPrediction
 
 CALIBRATION_ROWS, CALIBRATION_BATCH = 256, 64
 DRAWS = 16
-LABELS = {"map": "mean network", "single_pass": "single pass (CVP)", "mc16": "Monte Carlo, 16 draws"}
+LABELS = {
+    "map": "mean network",
+    "single_pass": "single pass (CVP)",
+    "linearised": "linearised network",
+}
+LINEARISED = ("laplace", "null_space", "ridge_null")  # posteriors of the linearised network
 COLUMNS = {  # name, heading, factor, digits
     "classification": [
         ("accuracy", "acc %", 100, 1), ("nll", "NLL", 1, 3), ("ece", "ECE %", 100, 1), ("aurc", "AURC %", 100, 2),
@@ -55,15 +63,8 @@ def measure(
         values, and notes.
     """
     batches = validation.batches(batch_size)
-    predictors: dict[str, nn.Module] = {"map": MeanNetwork(network, posterior)}
-    scales, notes = None, ()
     rows = validation.select(slice(0, CALIBRATION_ROWS)).batches(min(CALIBRATION_BATCH, batch_size))
-    try:
-        scales = fit_scales(network, posterior, rows, seed=seed, progress=progress)
-        predictors["single_pass"] = SinglePass(network, posterior, scales=scales)
-    except UnsupportedOp as error:
-        notes = (f"no single pass: {' '.join(str(error).split())}",)
-    predictors[f"mc{DRAWS}"] = MonteCarlo(network, posterior, DRAWS, seed)
+    predictors, scales, notes = _predictors(network, posterior, rows, seed, progress)
     figures, temperatures = {}, {}
     for name, predictor in predictors.items():
         prediction = predict_dataset(predictor, batches)
@@ -84,6 +85,43 @@ def measure(
         },
     }
     return scales, calibration, figures, notes
+
+
+def _predictors(
+    network: nn.Module, posterior: Posterior, rows: list[Any], seed: int, progress: bool
+) -> tuple[dict[str, nn.Module], VarianceScales | None, tuple[str, ...]]:
+    """The predictors that suit a posterior, by name, with the scales of the single pass and notes.
+
+    Draws in a null space move the network itself far outside the range where it is linear, and the mean
+    weights of an ensemble are no network's: they have neither a single pass nor a mean network.
+    """
+    if isinstance(posterior, Empirical):
+        weights = dict(network.named_parameters())
+        itself = Empirical([{name: weights[name] for name in posterior.names}], posterior.info)
+        size = len(posterior.members)
+        return {"map": MeanNetwork(network, itself), f"mc{size}": MonteCarlo(network, posterior, size, seed)}, None, ()
+    predictors: dict[str, nn.Module] = {"map": MeanNetwork(network, posterior)}
+    if posterior.info.method in LINEARISED:
+        predictors["linearised"] = Linearised(network, posterior)
+    if isinstance(posterior, SampledGaussian):
+        return predictors, None, ("predicted by the linearised network only: the draws are for it",)
+    scales, notes = None, ()
+    try:
+        scales = fit_scales(network, posterior, rows, seed=seed, progress=progress)
+        predictors["single_pass"] = SinglePass(network, posterior, scales=scales)
+    except UnsupportedOp as error:
+        notes = (f"no single pass: {' '.join(str(error).split())}",)
+    predictors[f"mc{DRAWS}"] = MonteCarlo(network, posterior, DRAWS, seed)
+    return predictors, scales, notes
+
+
+def compared(posterior: Posterior) -> list[str]:
+    """The options of `bayespass compare` that suit a posterior."""
+    if isinstance(posterior, Empirical):
+        return ["--predictors", "map", "--reference", str(len(posterior.members))]
+    if isinstance(posterior, SampledGaussian):
+        return ["--predictors", "map,linearised", "--reference", "16"]
+    return []
 
 
 def write_model(network: nn.Module, output: Path, folder: Path | None, recipe: Recipe) -> Path:
@@ -160,7 +198,8 @@ def summary_table(log: Mapping[str, Any]) -> Table:
             value, error = figures[key]["value"], figures[key]["se"]
             shown = "–" if value is None else f"{factor * value:.{digits}f}"
             cells.append(shown if error is None else f"{shown}±{factor * error:.{digits}f}")
-        table.add_row(LABELS.get(name, name), *cells)
+        draws = f"Monte Carlo, {name[2:]} draws" if name.startswith("mc") else name
+        table.add_row(LABELS.get(name, draws), *cells)
     return table
 
 

@@ -7,20 +7,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import typer
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from bayespass.cli import fit_after
 from bayespass.cli.data import Data, Shuffled
 from bayespass.cli.fit_settings import Method, Settings, make_method, named
-from bayespass.posterior.base import Posterior, PosteriorInfo
-from bayespass.posterior.laplace import Laplace
+from bayespass.posterior.base import Posterior
 from bayespass.posterior.selection import frozen_except, select_parameters
-from bayespass.training import TrainingLog, likelihood_loss, train
+from bayespass.training import TrainingLog, train
 
-CHECKPOINTS = ("warm_start.checkpoint", "method.checkpoint")
+WARM_START, METHOD = "warm_start.checkpoint", "method.checkpoint"
+CHECKPOINTS = (WARM_START, METHOD, "member*.checkpoint")
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Outcome:
     """What training gives.
 
     Args:
-        posterior: over the random parameters; the network is left at its mean.
+        posterior: over the random parameters; the network is left at its mean, or at its first member.
         warm_start: of AdamW, if it ran.
-        training: of the method; None for laplace.
+        training: of the method; None for those that need no training of their own.
         notes: warnings and verdicts, in sentences.
     """
 
@@ -41,13 +41,23 @@ class Outcome:
 
 
 def run(
-    network: nn.Module, data: Data, settings: Settings, output: Path, checkpoint_every: int, *, progress: bool
+    network: nn.Module,
+    build: fit_after.Build,
+    data: Data,
+    held_out: Data,
+    settings: Settings,
+    output: Path,
+    checkpoint_every: int,
+    *,
+    progress: bool,
 ) -> Outcome:
     """Train in place; what is already done in the output folder is taken from its checkpoints.
 
     Args:
         network: at the weights to start from.
+        build: makes another network to start from, given a seed.
         data: training rows.
+        held_out: validation rows, for what is tuned on them.
         settings: resolved.
         output: folder of the checkpoints.
         checkpoint_every: updates between checkpoints.
@@ -56,36 +66,26 @@ def run(
     with _noted() as notes:
         loader = Shuffled(data, settings.batch_size)
         options = {"checkpoint_every": checkpoint_every, "seed": settings.seed, "progress": progress}
-        first = _warm_start(network, loader, settings, output / CHECKPOINTS[0], options)
-        if settings.method == Method.LAPLACE:
-            posterior, verdicts = _laplace(network, data, settings, progress)
-            training, more = None, verdicts
+        method, checkpoint = settings.method, output / METHOD
+        if method == Method.ENSEMBLE:
+            members = fit_after.fit_ensemble(
+                network, build, loader, settings, lambda k: output / f"member{k}.checkpoint", options
+            )
+            return Outcome(members[0], members[1], None, (*notes, *members[2]))
+        first = fit_after.train_map(network, loader, settings, output / WARM_START, options)
+        if method == Method.LAPLACE:
+            made = fit_after.fit_laplace(network, data, settings, progress)
+        elif method == Method.NULL_SPACE:
+            made = fit_after.fit_null_space(network, data, settings, held_out, checkpoint, progress)
+        elif method == Method.MC_DROPOUT:
+            made = fit_after.fit_dropout(network, data, settings)
+        elif method == Method.SWAG:
+            made = fit_after.fit_swag(network, loader, settings, checkpoint, options)
+        elif method == Method.SGLD:
+            made = fit_after.fit_sgld(network, loader, settings, checkpoint, options)
         else:
-            posterior, training = _train(network, loader, settings, output / CHECKPOINTS[1], options)
-            more = ()
-    return Outcome(posterior, first, training, (*notes, *more))
-
-
-def _warm_start(
-    network: nn.Module, loader: Shuffled, settings: Settings, checkpoint: Path, options: dict[str, Any]
-) -> TrainingLog | None:
-    """AdamW on all weights that require gradients, its rate lowered to zero by a cosine."""
-    epochs = settings.map_epochs or 0
-    if epochs == 0:
-        return None
-    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.map_lr or 1e-3, weight_decay=settings.weight_decay or 0.0)
-    info = PosteriorInfo(settings.likelihood, sigma_noise=settings.sigma_noise)  # type: ignore[arg-type]
-    return train(
-        network,
-        optimizer,
-        loader,
-        epochs,
-        likelihood_loss(info),
-        scheduler=CosineAnnealingLR(optimizer, epochs * len(loader)),
-        checkpoint=checkpoint,
-        **options,
-    )
+            made = (*_train(network, loader, settings, checkpoint, options), ())
+    return Outcome(made[0], first, made[1], (*notes, *made[2]))
 
 
 def _train(
@@ -115,24 +115,6 @@ def _train(
         posterior.info = replace(posterior.info, method="first_layer", settings=told)
     network.eval()
     return posterior, log
-
-
-def _laplace(network: nn.Module, data: Data, settings: Settings, progress: bool) -> tuple[Posterior, tuple[str, ...]]:
-    """Laplace at the weights; its prior precision tuned on the training data unless it was given."""
-    batches = data.batches(settings.batch_size)
-    chosen = select_parameters(network, named(settings.names or "all"), batches[0][0])
-    method = Laplace(
-        network,
-        likelihood=settings.likelihood,  # type: ignore[arg-type]
-        prior_precision=settings.prior_precision or 1.0,
-        temperature=settings.temperature or 1.0,
-        sigma_noise=settings.sigma_noise,  # type: ignore[arg-type]
-        names=[name for name, _ in chosen],
-    ).fit(batches, progress=progress)
-    if settings.prior_precision is not None:
-        return method.posterior(), ()
-    tuning = method.optimize_prior_precision("marglik", progress=progress)
-    return method.posterior(), (f"prior precision by marginal likelihood: {tuning.verdict}",)
 
 
 @contextmanager

@@ -22,7 +22,13 @@ class Method(StrEnum):
     SCORE_VI_SGD = "score-vi-sgd"
     ELBO = "elbo"
     FIRST_LAYER = "first-layer"
+    SCORE_VI_MIXTURE = "score-vi-mixture"
     LAPLACE = "laplace"
+    NULL_SPACE = "null-space"
+    SWAG = "swag"
+    SGLD = "sgld"
+    ENSEMBLE = "ensemble"
+    MC_DROPOUT = "mc-dropout"
 
 
 class Start(StrEnum):
@@ -44,11 +50,23 @@ RATES = {  # learning rate of the mean
     Method.SCORE_VI_SGD: 1e-3,
     Method.ELBO: 1e-3,
     Method.FIRST_LAYER: 1e-3,
+    Method.SCORE_VI_MIXTURE: 1e-3,
+    Method.SWAG: 0.01,
+    Method.SGLD: 0.02,  # over N
 }
+MEMBERS = {
+    Method.NULL_SPACE: 32,  # draws
+    Method.SWAG: 20,  # rank
+    Method.SGLD: 20,  # states
+    Method.ENSEMBLE: 5,  # networks
+    Method.SCORE_VI_MIXTURE: 2,  # components
+}
+UNTRAINED = (Method.LAPLACE, Method.NULL_SPACE, Method.ENSEMBLE, Method.MC_DROPOUT)  # but for AdamW
 EPOCHS = 20
 UPDATES = 2000  # at least, from random weights: an epoch of few rows is little training
 WEIGHT_DECAY = 2e-4
 HESS_INIT = 0.5
+STRUCTURES, NULL_SPACE_ROWS = ("diag", "kron", "full"), ("outputs", "loss")
 HORIZON = 10  # epochs that IVON averages curvature over
 
 
@@ -66,14 +84,18 @@ class Settings:
         lr: of the method.
         map_lr: of AdamW.
         batch_size: rows per batch.
-        prior_precision: a0; None: tuned on the training data (laplace), or 1 / mean square of the
-            weights (first-layer).
+        prior_precision: a0; None: tuned on the training data (laplace) or the validation rows
+            (null-space), or 1 / mean square of the weights (first-layer).
         weight_decay: of AdamW; a0 / N where a0 is given.
         temperature: T.
         hess_init: h0 of IVON.
         samples: draws per step.
         antithetic: in mirrored pairs.
         seed: of weights, order, split and draws.
+        members: networks of an ensemble, states of sgld, rank of swag, draws of null-space, components of
+            score-vi-mixture.
+        hessian_structure: "diag", "kron" or "full", for laplace.
+        rows: "outputs" or "loss", what null-space keeps fixed.
     """
 
     method: Method
@@ -92,6 +114,9 @@ class Settings:
     samples: int | None = None
     antithetic: bool = False
     seed: int = 0
+    members: int | None = None
+    hessian_structure: str | None = None
+    rows: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -111,9 +136,24 @@ def check(asked: Settings) -> None:
         msg = "give --prior-precision or --weight-decay, not both: the first is N, the training rows, times the second"
         raise InvalidInput(msg)
     foreign: dict[str, Any] = {"hess_init": asked.hess_init} if asked.method != Method.IVON else {}
-    if asked.method == Method.LAPLACE:
-        foreign |= {"epochs": asked.epochs, "lr": asked.lr, "samples": asked.samples}
-        foreign |= {"antithetic": asked.antithetic or None}
+    foreign |= {} if asked.method in MEMBERS else {"members": asked.members}
+    foreign |= {} if asked.method == Method.LAPLACE else {"hessian_structure": asked.hessian_structure}
+    foreign |= {} if asked.method == Method.NULL_SPACE else {"rows": asked.rows}
+    if asked.method in UNTRAINED:
+        foreign |= {"epochs": asked.epochs, "lr": asked.lr}
+    if asked.method in (*UNTRAINED, Method.SWAG, Method.SGLD):
+        foreign |= {"samples": asked.samples, "antithetic": asked.antithetic or None}
+    if asked.method in (Method.SWAG, Method.ENSEMBLE, Method.MC_DROPOUT, Method.NULL_SPACE):
+        foreign |= {"temperature": asked.temperature}
+    if asked.method in (Method.ENSEMBLE, Method.MC_DROPOUT):
+        foreign |= {"names": asked.names}
+    if asked.method in (Method.SWAG, Method.ENSEMBLE, Method.MC_DROPOUT):
+        foreign |= {"prior_precision": asked.prior_precision}
+    for name, allowed in (("hessian_structure", STRUCTURES), ("rows", NULL_SPACE_ROWS)):
+        value = getattr(asked, name)
+        if value is not None and value not in allowed:
+            msg = f"--{name.replace('_', '-')} must be {' or '.join(allowed)}; got {value!r}"
+            raise InvalidInput(msg)
     if asked.method == Method.FIRST_LAYER and asked.names != "first":
         foreign |= {"names": asked.names}
     for name, value in foreign.items():
@@ -165,7 +205,7 @@ def resolve(asked: Settings, start: Start, n_data: int, *, folder: bool) -> Sett
         weight_decay = asked.prior_precision / n_data
     weight_decay = asked.weight_decay or weight_decay
     prior_precision: float | None = asked.prior_precision or weight_decay * n_data
-    tuned = asked.method in (Method.LAPLACE, Method.FIRST_LAYER)
+    tuned = asked.method in (Method.LAPLACE, Method.NULL_SPACE, Method.FIRST_LAYER)
     if tuned and asked.prior_precision is None and asked.weight_decay is None:
         prior_precision = None
     settings = replace(
@@ -174,8 +214,11 @@ def resolve(asked: Settings, start: Start, n_data: int, *, folder: bool) -> Sett
         prior_precision=prior_precision,
         temperature=asked.temperature or temperature,
     )
-    if asked.method == Method.LAPLACE:
+    settings = replace(settings, members=asked.members or MEMBERS.get(asked.method))
+    if asked.method in UNTRAINED:
         return replace(settings, epochs=0)
+    if asked.method == Method.SGLD:
+        lr = lr and lr / n_data
     samples = asked.samples or (2 if asked.antithetic else 1)
     settings = replace(settings, epochs=asked.epochs or epochs, lr=asked.lr or lr, samples=samples)
     return replace(settings, hess_init=asked.hess_init or hess_init) if asked.method == Method.IVON else settings
@@ -209,7 +252,7 @@ def make_method(
     precision has time to leave its start, which is far from the end.
 
     Args:
-        settings: resolved, not for laplace.
+        settings: resolved, of a method that trains.
         parameters: names and random parameters, at the weights that it starts from.
         n_data: N.
         steps_per_epoch: batches per epoch.
@@ -250,6 +293,10 @@ def _maker(settings: Settings, steps_per_epoch: int) -> Callable[..., Any]:
 
         share = 10 * cold / ((settings.epochs or EPOCHS) * steps_per_epoch)
         return partial(ScoreVI, precision_lr=min(share / 4, 0.005), batch_size=settings.batch_size)
+    if settings.method == Method.SCORE_VI_MIXTURE:
+        from bayespass.posterior.score_mixture import ScoreVIMixture
+
+        return partial(ScoreVIMixture, components=settings.members or MEMBERS[Method.SCORE_VI_MIXTURE])
     if settings.method == Method.SCORE_VI_SGD:
         from bayespass.posterior.score_sgd import ScoreVISGD
 

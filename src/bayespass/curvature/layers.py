@@ -89,7 +89,7 @@ class RowJacobian:
             InvalidInput: one row alone exceeds `max_memory`, and its scalars may not come in parts.
         """
         count = _batch_size(inputs)
-        if not self._verified and count > 1:
+        if not self._verified:
             self._verify(inputs, targets, rows)
         size, width = self._sizes(inputs, targets, rows, additive)
         for start in range(0, count, size):
@@ -192,7 +192,8 @@ class RowJacobian:
         """The linear layer whose result is the output itself, if its gradient in the output is the identity."""
         for path, results in calls.returned.items():
             layer = self.model.get_submodule(path)
-            if len(results) == 1 and results[0] is outputs and outputs.dim() == 2 and isinstance(layer, nn.Linear):
+            unchanged = len(results) == 1 and results[0] is outputs and not outputs._version
+            if unchanged and outputs.dim() == 2 and isinstance(layer, nn.Linear):
                 return path
         return None
 
@@ -219,9 +220,11 @@ class RowJacobian:
             for handle in handles:
                 handle.remove()
 
+    @torch.enable_grad()
     def _verify(self, inputs: Any, targets: Tensor | None, rows: Rows) -> None:
         """Hand to `others` whatever a layer does not answer for, by the gradients of two rows."""
-        place = torch.tensor([0, _batch_size(inputs) - 1])
+        count = _batch_size(inputs)
+        place = torch.tensor([0, count - 1])  # one row alone is taken twice, and does not settle it
         few = pytree.tree_map(lambda t: t[place.to(t.device)] if isinstance(t, Tensor) else t, inputs)
         few_targets = None if targets is None else targets[place.to(targets.device)]
         args, kwargs = call_arguments(few)
@@ -244,7 +247,7 @@ class RowJacobian:
             for path, found in calls.found.items():
                 grads, own = own[: len(found)], own[len(found) :]
                 self._keep(path, self._agreeing(path, found, grads, truth))
-        self._verified = True
+        self._verified = count > 1
 
     def _agreeing(self, path: str, found: list[Call], grads: list[Tensor], truth: list[Parameters]) -> dict[str, str]:
         """The parameters of a layer whose blocks are what autograd says of two rows."""

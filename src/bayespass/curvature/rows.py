@@ -1,4 +1,4 @@
-"""Rows one by one: a model as a function of some parameters, chunks of rows, targets that it would draw itself."""
+"""Rows one by one: a model as a function of some parameters, targets that it would draw itself."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -47,10 +47,3 @@ def drawn_targets(
         return mean + sd * torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
     probabilities = torch.softmax(outputs.float(), -1)
     return torch.multinomial(probabilities.flatten(0, -2), 1, generator=generator).view(outputs.shape[:-1])
-
-
-def chunks(inputs: Any, targets: Tensor, size: int) -> Iterable[tuple[Any, Tensor]]:
-    """Inputs and targets in runs of at most so many rows."""
-    for start in range(0, len(targets), size):
-        rows = slice(start, start + size)
-        yield pytree.tree_map(lambda t, rows=rows: t[rows] if isinstance(t, Tensor) else t, inputs), targets[rows]

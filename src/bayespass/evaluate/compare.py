@@ -25,6 +25,7 @@ from bayespass.evaluate.scores import Scores, evaluate
 from bayespass.evaluate.selective import risk_coverage_curve
 from bayespass.posterior.base import Posterior
 from bayespass.predict.dataset import predict_dataset
+from bayespass.predict.linearised import Linearised
 from bayespass.predict.propagation import SinglePass
 from bayespass.predict.sampling import MeanNetwork, MonteCarlo, prediction_from_draws
 from bayespass.prediction import ClassificationPrediction, Prediction
@@ -118,7 +119,7 @@ def compare(
         model: in eval mode.
         posterior: over any subset of its parameters.
         loader: yields (inputs, targets).
-        predictors: "map", "mcS" for S draws, an approximation's name ("streamlined", "cvp"; with
+        predictors: "map", "linearised", "mcS" for S draws, an approximation's name ("streamlined", "cvp"; with
             its scales if given), or that name with "_uncalibrated" for the same without scales.
         scales: fitted `VarianceScales` by approximation name.
         n_reference: draws R of the Monte-Carlo reference. `mcS` rows are means over its disjoint
@@ -148,6 +149,9 @@ def compare(
                 groups = draws[: n_reference // argument * argument].split(argument)
                 found = [prediction_from_draws(group, posterior.info, argument) for group in groups]
                 made.append((name, MonteCarlo(model, posterior, argument, seed), found))
+            elif kind == "linearised":
+                linear = Linearised(model, posterior)
+                made.append((name, linear, [predict_dataset(linear, batches)]))
             else:
                 own = None if name.endswith(UNCALIBRATED) else (scales or {}).get(argument)
                 single = SinglePass(model, posterior, argument, own)
@@ -171,8 +175,8 @@ def compare(
 
 
 def _parse(name: str, n_reference: int) -> tuple[str, Any]:
-    if name == "map":
-        return "map", None
+    if name in ("map", "linearised"):
+        return name, None
     draws = re.fullmatch(r"mc(\d+)", name)
     if draws and 2 <= int(draws[1]) <= n_reference:
         return "mc", int(draws[1])
@@ -180,8 +184,8 @@ def _parse(name: str, n_reference: int) -> tuple[str, Any]:
     if base in NAMED:
         return "single", base
     msg = (
-        f"unknown predictor {name!r}; use 'map', 'mcS' with 2 <= S <= n_reference ({n_reference}), or one of "
-        f"{', '.join(map(repr, NAMED))}, each also with {UNCALIBRATED!r}"
+        f"unknown predictor {name!r}; use 'map', 'linearised', 'mcS' with 2 <= S <= n_reference ({n_reference}), "
+        f"or one of {', '.join(map(repr, NAMED))}, each also with {UNCALIBRATED!r}"
     )
     raise InvalidInput(msg)
 

@@ -1,66 +1,33 @@
 """Laplace: a Gaussian around trained weights, from the curvature of the loss there.
 
-Precision (H + a0) / T with H the summed curvature: its diagonal, a Kronecker product per linear layer,
-or the whole matrix. It is stored without the prior and in its eigenbasis, so that the prior precision
-a0 can be tuned again without another pass over the data.
+Precision (H + a0) / T with H the summed curvature: its diagonal, a Kronecker product per layer, or the
+whole matrix. It is stored without the prior and in its eigenbasis, so that the prior precision a0 can be
+tuned again without another pass over the data.
 """
 
 import math
-import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, get_args
 
-import torch
 from torch import Tensor, nn
 
-from bayespass.batches import device_of, labelled_batches
-from bayespass.calibrate.temperature import TemperatureScaling
+from bayespass.curvature.coverage import CurvatureCoverage, Structure, curvature_coverage
 from bayespass.curvature.diagonal import Curvature
-from bayespass.errors import InvalidInput, NotFitted
-from bayespass.evaluate.proper_scores import log_scores
+from bayespass.curvature.kfac import KFACApprox
+from bayespass.curvature.layers import DEFAULT_MEMORY
+from bayespass.errors import InvalidInput, NotFitted, require_positive
 from bayespass.likelihood import Likelihood, SigmaNoise, check_likelihood
 from bayespass.posterior.base import Posterior, PosteriorInfo, choose_names
-from bayespass.posterior.spectrum import HessianStructure, Spectrum, fit_spectrum
-from bayespass.predict.dataset import predict_dataset
+from bayespass.posterior.prior_tuning import DEFAULT_GRID, PriorTuning, TuningMethod, geometric_mean, tune_prior
+from bayespass.posterior.spectrum import HessianStructure, PriorPrecision, Spectrum, fit_spectrum
 from bayespass.predict.propagation import SinglePass
-from bayespass.predict.sampling import MeanNetwork
 from bayespass.predict.snapshot import check_eval
-from bayespass.prediction import ClassificationPrediction, Prediction
-from bayespass.progress import track
 
-TuningMethod = Literal["marglik", "gridsearch"]
-DEFAULT_GRID = tuple(10 ** (0.25 * k) for k in range(-16, 25))  # 1e-4 to 1e6
-
-
-@dataclass(frozen=True)
-class PriorTuning:
-    """The outcome of a search for the prior precision.
-
-    Args:
-        method: "marglik" or "gridsearch".
-        grid: prior precisions tried, ascending.
-        scores: one per grid point, lower is better: negative log marginal likelihood in nats, or
-            mean held-out negative log-likelihood in nats.
-        best: the chosen prior precision.
-        at_edge: the best lies at an end of the grid.
-        map_score: held-out score of the mean network (gridsearch).
-        temperature_score: the same with one fitted temperature (classification, gridsearch).
-        verdict: the outcome in one plain sentence.
-    """
-
-    method: TuningMethod
-    grid: tuple[float, ...]
-    scores: tuple[float, ...]
-    best: float
-    at_edge: bool
-    map_score: float | None
-    temperature_score: float | None
-    verdict: str
+__all__ = ["Laplace", "PriorTuning"]
 
 
 class Laplace:
-    """Laplace approximation at the model's present weights.
+    """Laplace approximation at the model's present weights, for any network.
 
         method = Laplace(model, likelihood="classification").fit(train_loader)
         method.optimize_prior_precision("gridsearch", val_loader)
@@ -69,22 +36,27 @@ class Laplace:
     Args:
         model: trained, in eval mode; not modified.
         likelihood: "classification" or "regression".
-        hessian_structure: "diag" (any parameters), "kron" (KFAC: weights and biases of `nn.Linear`, one
-            Kronecker product per weight) or "full" (the whole matrix, 5,000 parameters at most: a last
-            layer, chosen by `names`).
+        hessian_structure: "diag", "kron" (KFAC: one Kronecker product per weight of linear layers and
+            convolutions, the diagonal of all other parameters; `coverage` says which) or "full" (the whole
+            matrix, for a last layer chosen by `names`).
         curvature: "ggn" (generalised Gauss-Newton, exact), "mc" (the same in expectation, from one
             sampled label per row: one backward pass instead of one per class) or "ef" (empirical Fisher).
             "full" has "ggn" only.
-        prior_precision: a0 of the prior N(0, 1/a0).
+        prior_precision: a0 of the prior N(0, 1/a0), one for all or, but for "full", one for every random
+            parameter by name.
         temperature: T, tempers likelihood and prior alike.
         sigma_noise: sd of the observation noise, or "predicted" where the network outputs (mean, log
             variance), for regression.
         names: random parameters, a list or a predicate; by default all that require gradients.
+        kfac_approx: "expand" (positions of a row, such as tokens and the patches of a convolution, count
+            as rows) or "reduce" (they are averaged: for networks that pool them), for "kron".
+        max_memory: bytes that `fit` may take beyond the model and the factors, roughly.
 
     Raises:
         InvalidInput: a value outside its range, or a model in training mode.
 
-    Source: MacKay 1992; Daxberger et al. 2021 (arXiv 2106.14806); "mc": Kunstner et al. 2019 (arXiv 1905.12558).
+    Source: MacKay 1992; Daxberger et al. 2021 (arXiv 2106.14806); "mc": Kunstner et al. 2019 (arXiv
+    1905.12558); "expand" and "reduce": Eschenhagen et al. 2023 (arXiv 2311.00636).
     """
 
     def __init__(
@@ -93,10 +65,12 @@ class Laplace:
         likelihood: Likelihood = "classification",
         hessian_structure: HessianStructure = "diag",
         curvature: Curvature = "ggn",
-        prior_precision: float = 1.0,
+        prior_precision: PriorPrecision = 1.0,
         temperature: float = 1.0,
         sigma_noise: SigmaNoise | None = None,
         names: Iterable[str] | Callable[[str], bool] | None = None,
+        kfac_approx: KFACApprox = "expand",
+        max_memory: int = DEFAULT_MEMORY,
     ) -> None:
         check_likelihood(likelihood, sigma_noise)
         check_eval(model)
@@ -106,29 +80,31 @@ class Laplace:
         if hessian_structure == "full" and curvature != "ggn":
             msg = f"hessian_structure='full' has curvature='ggn' only; got {curvature!r}"
             raise InvalidInput(msg)
-        if not prior_precision > 0 or not temperature > 0:
-            msg = f"prior_precision and temperature must be positive; got {prior_precision} and {temperature}"
+        if kfac_approx not in get_args(KFACApprox):
+            msg = f"kfac_approx must be 'expand' or 'reduce'; got {kfac_approx!r}"
             raise InvalidInput(msg)
+        require_positive(temperature=temperature, max_memory=max_memory)
         self.model = model
         self.likelihood: Likelihood = likelihood
         self.hessian_structure: HessianStructure = hessian_structure
         self.curvature: Curvature = curvature
-        self.prior_precision = float(prior_precision)
+        self.kfac_approx: KFACApprox = kfac_approx
         self.temperature = float(temperature)
         self.sigma_noise: SigmaNoise | None = sigma_noise
+        self.max_memory = int(max_memory)
         trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.names = tuple(choose_names(trainable, names) if names is not None else trainable)
+        self.prior_precision = self._checked(prior_precision)
         self.mean_: dict[str, Tensor] = {}
         self.spectrum_: Spectrum | None = None
         self.train_loss_: float = math.nan
         self.n_data_: int = 0
 
-    def fit(self, train_loader: Iterable[Any], chunk_size: int = 32, progress: bool = False) -> "Laplace":
+    def fit(self, train_loader: Iterable[Any], *, progress: bool = False) -> "Laplace":
         """One pass over the training data for the curvature; keeps no data.
 
         Args:
             train_loader: yields (inputs, targets).
-            chunk_size: rows whose gradients are held at once.
             progress: show a progress bar.
 
         Returns:
@@ -136,7 +112,7 @@ class Laplace:
 
         Raises:
             InvalidInput: an empty loader, targets that do not fit, a curvature that is not finite, or
-                parameters that the structure is not for.
+                a full matrix that exceeds `max_memory`.
         """
         check_eval(self.model)
         fitted = fit_spectrum(
@@ -147,7 +123,8 @@ class Laplace:
             self.likelihood,
             self.sigma_noise,
             self.curvature,
-            chunk_size,
+            self.kfac_approx,
+            self.max_memory,
             progress,
         )
         parameters = dict(self.model.named_parameters())
@@ -155,36 +132,73 @@ class Laplace:
         self.spectrum_, self.train_loss_, self.n_data_ = fitted
         return self
 
-    def posterior(self, prior_precision: float | None = None) -> Posterior:
+    def coverage(self) -> CurvatureCoverage:
+        """Which structure every parameter of the model got, and why: a table when printed.
+
+        Raises:
+            NotFitted: before `fit`, as only a pass through the model shows how its weights are used.
+        """
+        spectrum = self._fitted()
+        if self.hessian_structure == "kron":
+            factors: Structure = "kron reduce" if self.kfac_approx == "reduce" else "kron expand"
+            diagonal: Structure = "diagonal"
+            return curvature_coverage(
+                self.model, {name: factors if name in spectrum.left else diagonal for name in self.names}
+            )
+        structure: Structure = "full" if self.hessian_structure == "full" else "diagonal"
+        return curvature_coverage(
+            self.model, dict.fromkeys(self.names, structure), f"hessian_structure={self.hessian_structure!r}"
+        )
+
+    def posterior(self, prior_precision: PriorPrecision | None = None) -> Posterior:
         """N(theta, T (H + a0)^-1) with the weights at `fit`, at the tuned or the given prior precision.
 
+        Where it has one by parameter, `info.prior_precision` is the geometric mean over all their entries
+        and `info.settings` has each under "prior_precision/" and its name.
+
         Args:
-            prior_precision: a0; by default the present one.
+            prior_precision: a0, one for all or by name; by default the present one.
 
         Raises:
             NotFitted: before `fit`.
+            InvalidInput: a value outside its range.
         """
         spectrum = self._fitted()
-        a0 = self.prior_precision if prior_precision is None else float(prior_precision)
-        settings = {"hessian_structure": self.hessian_structure, "curvature": self.curvature}
-        info = PosteriorInfo(self.likelihood, self.n_data_, a0, self.temperature, self.sigma_noise, "laplace", settings)
+        a0 = self.prior_precision if prior_precision is None else self._checked(prior_precision)
+        settings: dict[str, float | int | str | bool | None] = {
+            "hessian_structure": self.hessian_structure,
+            "curvature": self.curvature,
+        }
+        if self.hessian_structure == "kron":
+            settings["kfac_approx"] = self.kfac_approx
+        if isinstance(a0, Mapping):
+            settings |= {f"prior_precision/{name}": value for name, value in a0.items()}
+            shared = geometric_mean(a0, self.mean_)
+        else:
+            shared = a0
+        info = PosteriorInfo(
+            self.likelihood, self.n_data_, shared, self.temperature, self.sigma_noise, "laplace", settings
+        )
         return spectrum.posterior(self.mean_, a0, self.temperature, info)
 
-    def log_marginal_likelihood(self, prior_precision: float | None = None) -> float:
+    def log_marginal_likelihood(self, prior_precision: PriorPrecision | None = None) -> float:
         """Laplace's log p(D | a0), in nats, for the prior N(0, 1/a0) and temperature 1.
 
-        log p(D | theta) - a0 |theta|^2 / 2 + (P log a0 - log det(H + a0)) / 2.
+        log p(D | theta) - a0 |theta|^2 / 2 + (P log a0 - log det(H + a0)) / 2, its second and third term
+        summed over parameters where each has its own a0.
 
         Args:
-            prior_precision: a0; by default the present one.
+            prior_precision: a0, one for all or by name; by default the present one.
 
         Raises:
             NotFitted: before `fit`.
+            InvalidInput: a value outside its range.
         """
         spectrum = self._fitted()
-        a0 = self.prior_precision if prior_precision is None else float(prior_precision)
-        square = sum(float(mean.double().square().sum()) for mean in self.mean_.values())
-        return -self.train_loss_ - 0.5 * a0 * square - 0.5 * spectrum.log_det(a0)
+        a0 = self.prior_precision if prior_precision is None else self._checked(prior_precision)
+        own = a0 if isinstance(a0, Mapping) else dict.fromkeys(self.mean_, a0)
+        square = sum(own[name] * float(mean.double().square().sum()) for name, mean in self.mean_.items())
+        return -self.train_loss_ - 0.5 * square - 0.5 * spectrum.log_det(a0)
 
     def optimize_prior_precision(
         self,
@@ -192,16 +206,26 @@ class Laplace:
         val_loader: Iterable[Any] | None = None,
         grid: Sequence[float] = DEFAULT_GRID,
         predictor: Callable[[nn.Module, Posterior], nn.Module] = SinglePass,
+        per_layer: bool = False,
         progress: bool = False,
     ) -> PriorTuning:
-        """Choose the prior precision from cached curvature; the data are not visited again.
+        """Choose the prior precision from cached curvature; the training data are not visited again.
+
+        "gridsearch" runs the predictor over the held-out data at every grid point, but for `Linearised` on a
+        "diag" or "kron" posterior: one pass keeps the covariance of the outputs for the whole grid, and a
+        grid point then costs no pass.
+
+        `sigma_noise` is not tuned: the marginal likelihood at fixed weights mistakes it for the training
+        error, and overfits it. Estimate it on held-out residuals.
 
         Args:
             method: "marglik" (marginal likelihood of the training data, no other data needed) or
                 "gridsearch" (mean negative log-likelihood on held-out data).
             val_loader: held-out (inputs, targets), for "gridsearch".
-            grid: prior precisions to try.
+            grid: prior precisions to try; by layer, "marglik" takes the best between its ends.
             predictor: makes the predictor from (model, posterior), for "gridsearch".
+            per_layer: one precision for every module that owns parameters ("diag" and "kron"); "gridsearch"
+                needs `predictor=Linearised` for it, and goes by coordinate descent.
             progress: show a progress bar.
 
         Returns:
@@ -209,45 +233,17 @@ class Laplace:
 
         Raises:
             NotFitted: before `fit`.
-            InvalidInput: an unknown method, an empty or non-positive grid, or no held-out data.
+            InvalidInput: an unknown method, an empty or non-positive grid, no held-out data, or `per_layer`
+                where there is no such search.
 
         Warns:
             UserWarning: the best lies at an end of the grid, or the posterior does not beat the
                 mean network or a temperature.
         """
         self._fitted()
-        values = tuple(sorted(float(value) for value in grid))
-        if not values or values[0] <= 0:
-            msg = f"grid must hold positive prior precisions; got {values}"
-            raise InvalidInput(msg)
-        map_score = temperature_score = None
-        if method == "marglik":
-            scores = [-self.log_marginal_likelihood(value) for value in values]
-        elif method == "gridsearch":
-            if val_loader is None:
-                msg = "optimize_prior_precision('gridsearch') needs val_loader, held-out (inputs, targets)"
-                raise InvalidInput(msg)
-            held_out = list(labelled_batches(val_loader, device_of(self.model)))
-            targets = torch.cat([target for _, target in held_out])
-            steps = track(values, "prior precision", show=progress, total=len(values))
-            scores = [
-                _score(predict_dataset(predictor(self.model, self.posterior(value)), held_out), targets)
-                for value in steps
-            ]
-            at_mean = predict_dataset(MeanNetwork(self.model, self.posterior(values[-1])), held_out)
-            map_score = _score(at_mean, targets)
-            if isinstance(at_mean, ClassificationPrediction):
-                temperature_score = _score(TemperatureScaling().fit(at_mean, targets)(at_mean), targets)
-        else:
-            msg = f"method must be 'marglik' or 'gridsearch'; got {method!r}"
-            raise InvalidInput(msg)
-        best = min(range(len(values)), key=lambda i: scores[i] if math.isfinite(scores[i]) else math.inf)
-        self.prior_precision = values[best]
-        at_edge = len(values) > 1 and best in (0, len(values) - 1)
-        verdict = _verdict(values[best], scores[best], at_edge, map_score, temperature_score)
-        if at_edge or "does not beat" in verdict:
-            warnings.warn(verdict, UserWarning, stacklevel=2)
-        return PriorTuning(method, values, tuple(scores), values[best], at_edge, map_score, temperature_score, verdict)
+        tuning = tune_prior(self, method, val_loader, grid, predictor, per_layer, progress)
+        self.prior_precision = tuning.best if tuning.by_name is None else dict(tuning.by_name)
+        return tuning
 
     def _fitted(self) -> Spectrum:
         if self.spectrum_ is None:
@@ -255,22 +251,21 @@ class Laplace:
             raise NotFitted(msg)
         return self.spectrum_
 
+    def _checked(self, prior_precision: PriorPrecision) -> PriorPrecision:
+        """One positive number, or one for every random parameter.
 
-def _score(prediction: Prediction, targets: Tensor) -> float:
-    return float(log_scores(prediction, targets).mean())
-
-
-def _verdict(best: float, score: float, at_edge: bool, map_score: float | None, temperature_score: float | None) -> str:
-    parts = [f"prior_precision = {best:.3g}, score {score:.4f}"]
-    if at_edge:
-        parts.append("this is the edge of the grid: widen it, the optimum may lie beyond")
-    if map_score is not None:
-        rivals = {"the MAP network": map_score, "a temperature": temperature_score}
-        lost = [f"{name} ({value:.4f})" for name, value in rivals.items() if value is not None and value <= score]
-        parts.append(
-            f"the posterior does not beat {' or '.join(lost)} on these data"
-            if lost
-            else "the posterior beats "
-            + " and ".join(f"{name} ({value:.4f})" for name, value in rivals.items() if value is not None)
-        )
-    return "; ".join(parts)
+        Raises:
+            InvalidInput: it is not.
+        """
+        if not isinstance(prior_precision, Mapping):
+            require_positive(prior_precision=prior_precision)
+            return float(prior_precision)
+        if self.hessian_structure == "full" or set(prior_precision) != set(self.names):
+            odd = sorted(set(prior_precision) ^ set(self.names))
+            msg = "a full matrix has one prior precision for all parameters; pass a number"
+            if self.hessian_structure != "full":
+                msg = f"prior_precision by name must have every random parameter; {', '.join(odd[:3])} differ"
+            raise InvalidInput(msg)
+        for name in self.names:
+            require_positive(**{f"prior_precision of {name}": prior_precision[name]})
+        return {name: float(prior_precision[name]) for name in self.names}

@@ -35,8 +35,8 @@ from bayespass.curvature.row_blocks import Block, RowKind, shuffled_blocks
 from bayespass.errors import InvalidInput, NotFitted, require_count, require_positive
 from bayespass.likelihood import Likelihood, SigmaNoise, check_likelihood, check_targets
 from bayespass.posterior.base import PosteriorInfo, choose_names
-from bayespass.posterior.laplace import PriorTuning
 from bayespass.posterior.precision_search import search_precision
+from bayespass.posterior.prior_tuning import PriorTuning
 from bayespass.posterior.sampled_gaussian import SampledGaussian
 from bayespass.predict.snapshot import check_eval, snapshot
 
