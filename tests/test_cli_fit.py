@@ -197,11 +197,25 @@ def test_laplace_structures(tmp_path, structure):
 @pytest.mark.parametrize(("method", "stage"), [("swag", "method"), ("sgld", "method"), ("ensemble", "member1")])
 def test_collected_weights_survive_a_kill(tmp_path, method, stage):
     more = ["--epochs", "40"] if method != "ensemble" else ["--members", "3"]
-    command = ["fit_net:digits", "digits.npz", "--method", method, "--map-epochs", "20", "--checkpoint-every", "3", *more]
+    command = [
+        "fit_net:digits",
+        "digits.npz",
+        "--method",
+        method,
+        "--map-epochs",
+        "20",
+        "--checkpoint-every",
+        "3",
+        *more,
+    ]
     fit(*command, "-o", tmp_path / "whole")
     process = start(tmp_path / "cut", command)
     deadline = time.monotonic() + 120
-    while not (tmp_path / "cut" / f"{stage}.checkpoint").exists() and process.poll() is None and time.monotonic() < deadline:
+    while (
+        not (tmp_path / "cut" / f"{stage}.checkpoint").exists()
+        and process.poll() is None
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()

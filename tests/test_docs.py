@@ -79,6 +79,17 @@ def test_the_coverage_page_is_made_from_the_registry_and_the_result_file():
     assert not [row for row in result["table"] if row["status"] == "fails"]
 
 
+def test_the_post_hoc_tables_are_the_result_file():
+    """`make benchmark-post-hoc` wrote them."""
+    import json
+
+    import post_hoc_pages
+
+    text = (ROOT / "docs" / "post_hoc.md").read_text(encoding="utf-8")
+    result = json.loads(post_hoc_pages.RESULT.read_text(encoding="utf-8"))
+    assert post_hoc_pages.with_tables(text, post_hoc_pages.page(result)) == text
+
+
 def test_the_training_tables_are_the_result_file():
     """`make benchmark-training` wrote them."""
     import json

@@ -78,7 +78,7 @@ def labelled_batches(batches: Iterable[Any], device: torch.device | None = None)
         inputs and targets.
 
     Raises:
-        InvalidInput: there is no batch at all, or one without targets.
+        InvalidInput: there is no batch at all, or one without targets or without an axis of rows.
     """
     empty = True
     for batch in batches:
@@ -89,7 +89,11 @@ def labelled_batches(batches: Iterable[Any], device: torch.device | None = None)
                 f"every batch must be (inputs, targets), or a dict with one of {LABEL_KEYS}; got {type(batch).__name__}"
             )
             raise InvalidInput(msg)
-        yield to_device(inputs, device), torch.as_tensor(targets).to(device)
+        targets = torch.as_tensor(targets)
+        if targets.dim() == 0:
+            msg = "targets must have a leading axis, one entry per row; pass a DataLoader of the data set, not itself"
+            raise InvalidInput(msg)
+        yield to_device(inputs, device), targets.to(device)
     if empty:
         msg = "the loader yields no batch; pass a re-iterable loader (a DataLoader or a list) with at least one"
         raise InvalidInput(msg)

@@ -277,3 +277,88 @@ def test_models_of_transformers(entry):
 def mixed_rows(outputs, targets):
     flat = outputs.reshape(len(outputs), -1)
     return torch.stack([flat @ torch.linspace(-1, 1, flat.shape[1], dtype=flat.dtype), flat.square().sum(1)], 1)
+
+
+@pytest.mark.parametrize("wrap", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+def test_weights_computed_from_other_parameters_are_left_to_autograd(wrap):
+    torch.manual_seed(0)
+    model = nn.Sequential(wrap(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, 3)).double().eval()
+    inputs = torch.randn(3, 4, dtype=torch.float64)
+    _, ((_, _, pieces),) = pieces_of(model, inputs)
+    found = {name: part for piece in pieces for name, part in blocks.dense(piece).items()}
+    for name, expected in reference(model, inputs).items():
+        torch.testing.assert_close(found[name], expected)
+
+
+class Routed(nn.Module):
+    """Every row through one of two layers, so that some scalars do not depend on some parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.experts = nn.Linear(4, 2), nn.ModuleList([nn.Linear(4, 3) for _ in range(2)])
+
+    def forward(self, x):
+        gate = self.gate(x).softmax(-1)
+        out = x.new_zeros(len(x), 3)
+        for k, expert in enumerate(self.experts):
+            rows = (gate.argmax(-1) == k).nonzero()[:, 0]
+            if len(rows):
+                out = out.index_copy(0, rows, expert(x[rows]) * gate[rows, k : k + 1])
+        return out
+
+
+def test_rows_that_some_parameters_do_not_move():
+    torch.manual_seed(0)
+    model = Routed().double().eval().requires_grad_(False)
+    inputs = torch.randn(8, 4, dtype=torch.float64)
+    assert 0 < int(model.gate(inputs).argmax(-1).sum()) < 8
+    jacobian = RowJacobian(model, [name for name, _ in model.named_parameters()])
+    for rows in (slice(0, 2), slice(0, 8), slice(3, 4)):
+        ((_, _, pieces),) = jacobian.chunks(inputs[rows], None)
+        found = {name: part for piece in pieces for name, part in blocks.dense(piece).items()}
+        for k, row in enumerate(inputs[rows]):
+            theta = {name: p.clone().requires_grad_() for name, p in model.named_parameters()}
+            outputs = functional_call(model, theta, (row[None],))[0]
+            for r in range(3):
+                options = {"retain_graph": True, "materialize_grads": True}
+                grads = torch.autograd.grad(outputs[r], list(theta.values()), **options)
+                for name, grad in zip(theta, grads, strict=True):
+                    torch.testing.assert_close(found[name][k, r], grad)
+
+
+class Shifted(Tied):
+    """Tied weights, and a parameter that no layer answers for."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.randn(4))
+
+    def forward(self, numbers):
+        return self.head(torch.tanh(self.mix(self.table(numbers) + self.shift)).mean(1))
+
+
+def test_a_fixed_tied_weight_beside_a_parameter_that_goes_row_by_row():
+    torch.manual_seed(0)
+    model, inputs = Shifted().double().eval(), numbers(3, 5)
+    ((_, _, pieces),) = RowJacobian(model, ["shift"]).chunks(inputs, None)
+    truth = jacrev(lambda shift: functional_call(model, {"shift": shift}, (inputs,)))(model.shift.detach())
+    torch.testing.assert_close(blocks.dense(pieces[0])["shift"], truth)
+
+
+def test_it_runs_where_gradients_are_off_and_on_one_row():
+    model, inputs, _ = built("by hand")
+    jacobian = RowJacobian(model, names_of(model))
+    with torch.no_grad():
+        ((_, _, pieces),) = jacobian.chunks(inputs[:1], None)
+    truth = reference(model, inputs[:1])
+    for key, value in ((k, v) for piece in pieces for k, v in blocks.dense(piece).items()):
+        torch.testing.assert_close(value, truth[key], rtol=1e-9, atol=1e-11)
+
+
+def test_an_output_that_is_changed_in_place_is_not_its_layers():
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(nn.Linear(5, 3), nn.ReLU(inplace=True)).double().eval(), torch.randn(4, 5).double()
+    ((_, _, pieces),) = RowJacobian(model, names_of(model)).chunks(inputs, None)
+    truth = reference(model, inputs)
+    for key, value in ((k, v) for piece in pieces for k, v in blocks.dense(piece).items()):
+        torch.testing.assert_close(value, truth[key], rtol=1e-9, atol=1e-11)

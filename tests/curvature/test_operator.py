@@ -264,3 +264,55 @@ def test_wrong_arguments_are_named():
         RowOperator(nn.Sequential(nn.Linear(4, 3)).train(), ["0.weight"], blocks)
     with pytest.raises(InvalidInput, match="float32 or float64"):
         RowOperator(nn.Linear(4, 3).bfloat16().eval(), ["weight"], [(inputs.bfloat16(), targets)])
+
+
+def test_a_padding_row_that_matters_moves_in_neither_mode():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 3, padding_idx=0), nn.Flatten(), nn.Linear(9, 2)).double().eval()
+    nn.init.normal_(model[0].weight)
+    numbers = torch.tensor([[1, 2, 0], [3, 0, 0], [4, 1, 2]])
+    jacobian = RowOperator(model, names_of(model), [(numbers, torch.zeros(3, dtype=torch.long))])
+    unit = torch.eye(jacobian.n_params, dtype=torch.float64)
+    forward = jacobian.times(0, unit).T
+    torch.testing.assert_close(forward, jacobian.transposed(0, torch.eye(6, dtype=torch.float64)))
+    torch.testing.assert_close(forward @ forward.T, jacobian.gram(0))
+    assert torch.equal(forward[:, :3], torch.zeros(6, 3, dtype=torch.float64))
+    assert not model[0]._forward_hooks
+
+
+class TiedWords(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.mix, self.head = nn.Embedding(6, 4), nn.Linear(4, 4), nn.Linear(4, 6, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, numbers):
+        return self.head(torch.tanh(self.mix(self.table(numbers).mean(1))))
+
+
+def test_a_tied_weight_may_be_fixed():
+    torch.manual_seed(0)
+    model, numbers = TiedWords().double().eval(), torch.randint(0, 6, (3, 4))
+    jacobian = RowOperator(model, ["mix.weight"], [(numbers, torch.zeros(3, dtype=torch.long))])
+    expected = jacrev(lambda w: functional_call(model, {"mix.weight": w}, (numbers,)))(model.mix.weight.detach())
+    unit = torch.eye(16, dtype=torch.float64)
+    torch.testing.assert_close(jacobian.times(0, unit).T, expected.reshape(18, 16))
+
+
+class Unused(nn.Module):
+    """Of two parameters one does nothing; the other goes through a function that torch.func refuses."""
+
+    def __init__(self):
+        super().__init__()
+        self.idle, self.layer = nn.Parameter(torch.ones(2)), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return OldCube.apply(self.layer(x))
+
+
+def test_parameters_that_do_nothing_have_zero_products():
+    model = Unused().eval().requires_grad_(False)
+    jacobian = RowOperator(model, ["idle"], [(torch.randn(4, 3), torch.zeros(4, dtype=torch.long))])
+    assert torch.equal(jacobian.times(0, torch.ones(2, 2)), torch.zeros(2, 8))
+    assert torch.equal(jacobian.transposed(0, torch.ones(3, 8)), torch.zeros(3, 2))
+    assert torch.equal(jacobian.gram(0), torch.zeros(8, 8))

@@ -247,3 +247,41 @@ def test_mistakes():
         OutputCovariance(model, q, by_draws=True, n_samples=0)
     with pytest.raises(InvalidInput, match="Raise max_memory"):
         next(OutputCovariance(model, q, max_memory=100).chunks(x))
+
+
+class Gated(nn.Module):
+    """With a parameter that is a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.layer = nn.Parameter(torch.tensor(0.7)), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.gate * torch.tanh(self.layer(x))
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "full", "low_rank"])
+def test_a_parameter_without_axes(kind):
+    torch.manual_seed(0)
+    model, inputs = Gated().double().eval(), torch.randn(4, 3, dtype=torch.float64)
+    mean = {name: p.detach() for name, p in model.named_parameters()}
+    spread = {name: 0.1 + torch.rand_like(p) for name, p in mean.items()}
+    diagonal = torch.diag(torch.cat([s.flatten() for s in spread.values()]))
+    root = torch.randn(9, 9, dtype=torch.float64)
+    factors = {name: torch.randn(2, *p.shape, dtype=torch.float64) for name, p in mean.items()}
+    flat = torch.cat([f.reshape(2, -1) for f in factors.values()], 1)
+    posterior, covariance = {
+        "diagonal": (DiagonalGaussian(mean, spread), diagonal),
+        "full": (FullGaussian(mean, root), root @ root.T),
+        "low_rank": (LowRankGaussian(mean, spread, factors), diagonal + flat.T @ flat),
+    }[kind]
+    found = jacrev(lambda theta: functional_call(model, theta, (inputs,)))(mean)
+    dense = torch.cat([block.reshape(4, 2, -1) for block in found.values()], 2)
+    (part,) = OutputCovariance(model, posterior).chunks(inputs, square=True)
+    expected = dense @ covariance @ dense.mT
+    torch.testing.assert_close(part.covariance(), expected)
+    torch.testing.assert_close(part.marginals(), expected.diagonal(dim1=1, dim2=2))
+    if kind != "diagonal":
+        vector = {name: torch.randn_like(p) for name, p in mean.items()}
+        product = torch.cat([value.flatten() for value in posterior.covariance_times(vector).values()])
+        torch.testing.assert_close(product, covariance @ torch.cat([value.flatten() for value in vector.values()]))

@@ -257,7 +257,7 @@ def test_frozen_parameters_and_names_are_left_out():
         "2.weight",
         "2.bias",
     )
-    with pytest.raises(InvalidInput, match=r"no parameter named 0\.weight"):
+    with pytest.raises(InvalidInput, match=r"parameter 0\.weight is frozen"):
         Laplace(model, names=["0.weight"])
 
 

@@ -323,3 +323,35 @@ def test_an_autoencoder_keeps_its_reconstruction_errors():
     assert method.report_.n_rows == 10
     assert float((flat(method.posterior()) @ gradient.mT).norm() / gradient.norm()) < 1e-6
     assert method.posterior().info.settings["rows"] == "a function"
+
+
+def test_fitting_inside_inference_mode_changes_nothing():
+    model, (x, y) = network(), data(6)
+    expected = NullSpace(model, n_samples=2).fit([(x, y)])
+    with torch.inference_mode():
+        found = NullSpace(model, n_samples=2).fit([(x.clone(), y.clone())])
+        with pytest.warns(UserWarning, match="edge of the grid") as caught:  # which points at this line
+            found.optimize_prior_precision([(x.clone(), y.clone())], grid=[1.0, 10.0, 1e5])
+    assert caught[0].filename == __file__
+    assert torch.equal(flat(expected.posterior(1.0)), flat(found.posterior(1.0)))
+
+
+def test_data_and_names_that_leave_nothing_are_named():
+    model, (x, y) = network(), data(6)
+    with pytest.raises(InvalidInput, match="every batch of the loader is empty"):
+        NullSpace(model).fit([(x[:0], y[:0])])
+    with pytest.raises(InvalidInput, match="pass a DataLoader"):
+        NullSpace(model).fit(list(zip(x, y, strict=True)))
+    method = NullSpace(model, n_samples=2).fit([(x[:0], y[:0]), (x, y)])
+    assert method.n_data_ == 6
+    with pytest.raises(InvalidInput, match="no block of data"):
+        method.optimize_prior_precision([(x[:0], y[:0])])
+    with pytest.raises(InvalidInput, match="grid must hold positive, finite"):
+        method.optimize_prior_precision([(x, y)], grid=[1.0, float("nan")])
+    with pytest.raises(InvalidInput, match=r"prior_scale of 0\.weight must be a positive number"):
+        NullSpace(model, prior_scale={"0.weight": -1.0})
+    frozen = network().requires_grad_(False)
+    with pytest.raises(InvalidInput, match="no random parameter"):
+        NullSpace(frozen)
+    with pytest.raises(InvalidInput, match=r"0\.weight is frozen"):
+        NullSpace(frozen, names=["0.weight"])

@@ -97,3 +97,8 @@ def test_what_does_not_fit_is_named():
         SampledGaussian(zero, {"w": torch.full((3, 2), torch.nan)})
     with pytest.raises(InvalidInput, match="missing w"):
         SampledGaussian(zero, {"w": torch.zeros(3, 2)}).covariance_times({})
+
+
+def test_a_parameter_without_axes():
+    posterior = SampledGaussian({"w": torch.tensor(1.0)}, {"w": torch.tensor([1.0, 3.0])})
+    assert float(posterior.covariance_times({"w": torch.tensor(2.0)})["w"]) == pytest.approx(10)

@@ -259,3 +259,15 @@ def test_mistakes():
         Linearised(mlp().train(), q)
     with pytest.raises(InvalidInput, match="Raise max_memory"):
         Linearised(model, q, covariance="full", max_memory=100)(torch.randn(2, 4))
+
+
+def test_a_row_of_nan_leaves_the_others_alone():
+    torch.manual_seed(0)
+    model, inputs = mlp(), torch.randn(3, 4)
+    mean = {name: p.detach() for name, p in model.named_parameters()}
+    predictor = Linearised(model, DiagonalGaussian(mean, {n: torch.full_like(m, 0.1) for n, m in mean.items()}))
+    expected = predictor(inputs)
+    inputs[1] = torch.nan
+    found = predictor(inputs)
+    torch.testing.assert_close(found.probs[[0, 2]], expected.probs[[0, 2]])
+    assert found.probs[1].isnan().all()

@@ -74,6 +74,8 @@ Piece = LinearPiece | EmbeddingPiece | DensePiece
 
 def has_block(module: nn.Module) -> bool:
     """Whether `make_piece` knows how the module computes: a class, or one that inherits its forward."""
+    if not isinstance(module._parameters.get("weight"), nn.Parameter):
+        return False  # none, or one that is computed from others, as by weight_norm
     if is_transposed(module):
         return True
     if not any(type(module).forward is known.forward for known in KNOWN if isinstance(module, known)):
@@ -312,9 +314,10 @@ def _in_basis(piece: Piece, variance: Mapping[str, Tensor], left: Bases, right: 
     found: list[tuple[Tensor, Tensor]] = []
     if not isinstance(piece, LinearPiece) or piece.inputs.shape[1:3] != (1, 1):
         for name, block in dense(piece).items():
-            spread = variance[name].flatten(1)
+            spread = variance[name].reshape(len(variance[name]), -1)
             turned = _turned_blocks(block, left.get(name), right.get(name))
-            found.append((turned.flatten(2).to(spread.dtype), spread[:, None]))
+            turned = turned.reshape(*block.shape[:2], spread.shape[1])
+            found.append((turned.to(spread.dtype), spread[:, None]))
         return found
     if piece.weight is not None:
         rows, columns = left.get(piece.weight), right.get(piece.weight)

@@ -101,7 +101,8 @@ def _matrices(
             blocks: dict[str, Tensor] = {}
             for piece in kept:
                 blocks |= dense(_part(piece, *place))
-            jacobian = torch.cat([blocks[name].flatten(2) for name in names], -1).flatten(0, 1)
+            flat = [blocks[name].reshape(*blocks[name].shape[:2], -1) for name in names]
+            jacobian = torch.cat(flat, -1).flatten(0, 1)
             yield jacobian.mT @ jacobian
 
 

@@ -126,7 +126,8 @@ def times(piece: Piece, columns: Mapping[str, Tensor]) -> Tensor:
         return total if piece.grads is None else piece.grads[:, :, 0, 0].to(total.dtype) @ total
     blocks = dense(piece)
     return sum_of(
-        blocks[name].flatten(2).to(columns[name].dtype) @ columns[name].flatten(0, -2)
+        blocks[name].reshape(*blocks[name].shape[:2], -1).to(columns[name].dtype)
+        @ columns[name].reshape(-1, columns[name].shape[-1])
         for name in names_of(piece)
         if name in columns
     )

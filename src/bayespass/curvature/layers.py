@@ -139,6 +139,8 @@ class RowJacobian:
             yield final, calls.found[final], None
 
     def _backward(self, scalars: Tensor, ys: list[Tensor], vectors: Tensor) -> list[Tensor]:
+        if not scalars.requires_grad:  # they depend on none of the parameters
+            return [y.new_zeros(len(vectors), *y.shape) for y in ys]
         options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
         found: Iterable[Tensor | None]
         if self._batched_backward and len(vectors) > 1:
@@ -179,10 +181,7 @@ class RowJacobian:
             row = pytree.tree_map(lambda t, k=k: t[k] if isinstance(t, Tensor) else t, inputs)
             with torch.enable_grad():
                 wanted = scalars(leaves, row, None if targets is None else targets[k])
-            grads = [
-                torch.autograd.grad(one, list(leaves.values()), retain_graph=True, materialize_grads=True)
-                for one in wanted
-            ]
+            grads = [_gradient(one, leaves) for one in wanted]
             each.append([torch.stack(found) for found in zip(*grads, strict=True)])
         return DensePiece(
             {name: torch.stack(found) for name, found in zip(leaves, zip(*each, strict=True), strict=True)}
@@ -238,18 +237,18 @@ class RowJacobian:
             del self.layers[path]
         ys = [y for found in calls.found.values() for _, y in found]
         if ys:
-            options: dict[str, Any] = {"retain_graph": True, "materialize_grads": True}
-            truth = [
-                dict(zip(leaves, torch.autograd.grad(one, list(leaves.values()), **options), strict=True))
-                for one in mixed
-            ]
+            truth = [dict(zip(leaves, _gradient(one, leaves), strict=True)) for one in mixed]
+            # A gradient may be zero but for rounding, as that of a key's bias in attention.
+            negligible = [1e-6 * float(torch.stack([g.norm() for g in true.values()]).norm()) for true in truth]
             own = self._backward(mixed[:, None], ys, torch.ones_like(mixed)[None, :, None])
             for path, found in calls.found.items():
                 grads, own = own[: len(found)], own[len(found) :]
-                self._keep(path, self._agreeing(path, found, grads, truth))
+                self._keep(path, self._agreeing(path, found, grads, truth, negligible))
         self._verified = count > 1
 
-    def _agreeing(self, path: str, found: list[Call], grads: list[Tensor], truth: list[Parameters]) -> dict[str, str]:
+    def _agreeing(
+        self, path: str, found: list[Call], grads: list[Tensor], truth: list[Parameters], negligible: list[float]
+    ) -> dict[str, str]:
         """The parameters of a layer whose blocks are what autograd says of two rows."""
         own = self.layers[path]
         if any(y.shape[0] % 2 for _, y in found):
@@ -258,11 +257,9 @@ class RowJacobian:
         tolerance = 1e-3 if grads[0].dtype in (torch.float32, torch.float64) else 0.1
         agreeing = dict(own)
         for row, true in enumerate(truth):
-            # A gradient may be zero but for rounding, as that of a key's bias in attention.
-            negligible = 1e-6 * float(torch.stack([g.norm() for g in true.values()]).norm())
             for key, name in own.items():
                 error = float((true[name] - blocks[name][row, 0]).norm())
-                if error > tolerance * float(true[name].norm()) + negligible:  # NaN passes
+                if error > tolerance * float(true[name].norm()) + negligible[row]:  # NaN passes
                     agreeing.pop(key, None)
         return agreeing
 
@@ -325,6 +322,13 @@ def _layers(model: nn.Module, names: tuple[str, ...]) -> dict[str, dict[str, str
         if len(owning) == 1 and key in ("weight", "bias") and has_block(model.get_submodule(path)):
             layers.setdefault(path, {})[key] = name
     return layers
+
+
+def _gradient(scalar: Tensor, leaves: Parameters) -> tuple[Tensor, ...]:
+    """The gradient in every leaf, zero where the scalar does not depend on it."""
+    if not scalar.requires_grad:
+        return tuple(torch.zeros_like(leaf) for leaf in leaves.values())
+    return torch.autograd.grad(scalar, list(leaves.values()), retain_graph=True, materialize_grads=True)
 
 
 def _batch_size(inputs: Any) -> int:

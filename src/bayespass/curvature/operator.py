@@ -83,7 +83,8 @@ class RowOperator:
         if isinstance(ridge, bool) or not ridge >= 0:
             msg = f"ridge must be a number of at least 0; got {ridge!r}"
             raise InvalidInput(msg)
-        self.model, self.names, self.blocks = model, tuple(names), list(blocks)
+        self.model, self.names = model, tuple(names)
+        self.blocks: list[Block] = pytree.tree_map(_ordinary, list(blocks))
         self.ridge, self.max_memory, self.seed = float(ridge), max_memory, seed
         self.likelihood: Likelihood = likelihood
         self.sigma_noise: SigmaNoise | None = sigma_noise
@@ -223,7 +224,7 @@ class RowOperator:
         for block in range(len(self.blocks)):
             for _, pieces in self._pieces(jacobian, block, None, additive=True):
                 found = {name: part for piece in pieces for name, part in dense(piece).items()}
-                rows = torch.cat([found[n].flatten(2).flatten(0, 1) * self.scale[n] for n in self.names], 1)
+                rows = torch.cat([found[n].reshape(-1, self.shapes[n].numel()) * self.scale[n] for n in self.names], 1)
                 rows = rows.to(total.dtype)
                 total.addmm_(rows.mT, rows)
         return total
@@ -243,7 +244,8 @@ class RowOperator:
 
     def flatten(self, values: Mapping[str, Tensor]) -> Tensor:
         """The transposed of `unflatten`: (S, *shape) by name, multiplied by `scale`, as (S, P)."""
-        return torch.cat([values[name].flatten(1) * self.scale[name] for name in self.names], 1)
+        parts = ((values[name].reshape(len(values[name]), -1), self.scale[name]) for name in self.names)
+        return torch.cat([part if scale == 1 else part * scale for part, scale in parts], 1)
 
     def _slot(self, block: int) -> slice:
         start = self.n_params + self._starts[block]
@@ -266,7 +268,7 @@ class RowOperator:
 
     def _jacobian(self, names: tuple[str, ...]) -> RowJacobian:
         if names not in self._jacobians:
-            self._jacobians[names] = RowJacobian(self.model, names, max(1, self.max_memory // 8))
+            self._jacobians[names] = RowJacobian(self.model, names, max(1, self.max_memory // 3))
         return self._jacobians[names]
 
     def _together(self, block: int, n_vectors: int) -> int | None:
@@ -305,7 +307,7 @@ class RowOperator:
     def _gram_by_columns(self, i: int, j: int) -> Tensor:
         columns = []
         unit = torch.eye(self.sizes[j], dtype=self.dtype, device=self.device)
-        for part in unit.split(max(1, self.max_memory // (8 * self.n_params * unit.element_size()))):
+        for part in unit.split(max(1, self.max_memory // (3 * self.n_params * unit.element_size()))):
             vectors = self.transposed(j, part)
             columns.append(self._times(i, vectors))
         return torch.cat(columns).mT
@@ -366,8 +368,13 @@ def _split(model: nn.Module, names: Iterable[str]) -> tuple[Parameters, Paramete
     parameters = dict(model.named_parameters(remove_duplicate=False))
     random = {name: parameters[name].detach() for name in names}
     own = {id(parameters[name]) for name in random}
-    rest = {name: p.detach() for name, p in parameters.items() if id(p) not in own}
+    rest = {name: p.detach() for name, p in model.named_parameters() if id(p) not in own}
     return random, rest | dict(model.named_buffers())
+
+
+def _ordinary(leaf: Any) -> Any:
+    """A copy of what was made in inference mode, which autograd refuses."""
+    return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
 
 
 def _exact(device: torch.device) -> torch.dtype:

@@ -50,7 +50,8 @@ class Products:
         with exact_products(self.model):
             if self.functional:
                 try:
-                    return vmap(one, chunk_size=together)(vectors).detach()
+                    with _fixed_padding(self.model):
+                        return vmap(one, chunk_size=together)(vectors).detach()
                 except (RuntimeError, NotImplementedError) as error:
                     self._give_up(error)
             return self._twice_reversed(function, vectors)
@@ -75,6 +76,8 @@ class Products:
                 except (RuntimeError, NotImplementedError) as error:
                     self._give_up(error)
             theta, scalars = self._graph(function)
+            if not scalars.requires_grad:  # it depends on none of the parameters
+                return {name: value.new_zeros(len(weights), *value.shape) for name, value in theta.items()}
             options: dict[str, Any] = {"retain_graph": True, "materialize_grads": True}
             each = [torch.autograd.grad(scalars, list(theta.values()), w, **options) for w in weights]
             return {name: torch.stack([g[k] for g in each]) for k, name in enumerate(theta)}
@@ -82,13 +85,18 @@ class Products:
     def _twice_reversed(self, function: Function, vectors: Parameters) -> Tensor:
         """J v as the gradient of <J^T w, v> in w."""
         theta, scalars = self._graph(function)
+        blank = scalars.detach().new_zeros(len(next(iter(vectors.values()))), *scalars.shape)
+        if not scalars.requires_grad:
+            return blank
         with torch.enable_grad():
             weight = torch.zeros_like(scalars, requires_grad=True)
             options: dict[str, Any] = {"create_graph": True, "materialize_grads": True}
             found = torch.autograd.grad(scalars, list(theta.values()), weight, **options)
         used = {name: g for g, name in zip(found, theta, strict=True) if g.requires_grad}
+        if not used:  # it depends on none of the parameters
+            return blank
         products = []
-        for s in range(len(next(iter(vectors.values())))):
+        for s in range(len(blank)):
             given = [vectors[name][s] for name in used]
             products.append(torch.autograd.grad(list(used.values()), weight, given, retain_graph=True)[0])
         return torch.stack(products).detach()
@@ -107,6 +115,30 @@ class Products:
         if isinstance(error, torch.OutOfMemoryError):
             raise error
         self.functional = False
+
+
+@contextmanager
+def _fixed_padding(model: nn.Module) -> Iterator[None]:
+    """Padding rows of embeddings do not move in forward mode, as they have no gradient in reverse mode.
+
+    Args:
+        model: to differentiate.
+
+    Yields:
+        nothing.
+    """
+
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+        numbers = args[0] if args else kwargs["input"]
+        return torch.where((numbers == module.padding_idx)[..., None], output.detach(), output)
+
+    layers = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.padding_idx is not None]
+    handles = [layer.register_forward_hook(hook, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -312,7 +312,7 @@ def linear_function(model: nn.Module, names: Iterable[str]) -> tuple[Parameters,
     parameters = dict(model.named_parameters(remove_duplicate=False))
     random = {name: parameters[name].detach() for name in names}
     own = {id(parameters[name]) for name in random}  # a tied weight has several names and must appear once
-    rest = {n: p.detach() for n, p in parameters.items() if id(p) not in own} | dict(model.named_buffers())
+    rest = {n: p.detach() for n, p in model.named_parameters() if id(p) not in own} | dict(model.named_buffers())
 
     def outputs(theta: Parameters, inputs: Any) -> Tensor:
         args, kwargs = call_arguments(inputs)

@@ -28,9 +28,12 @@ def shuffled_blocks(loader: Iterable[Any], size: int, seed: int = 0) -> list[Blo
         seed: of the order.
 
     Raises:
-        InvalidInput: the loader yields no batch.
+        InvalidInput: the loader yields no batch, or none with a row.
     """
-    found = list(labelled_batches(loader))
+    found = [(inputs, targets) for inputs, targets in labelled_batches(loader) if len(targets)]
+    if not found:
+        msg = "every batch of the loader is empty; pass at least one row of data"
+        raise InvalidInput(msg)
     generator = torch.Generator().manual_seed(seed)
     joined = join_blocks(found)
     if len(joined) > 1:

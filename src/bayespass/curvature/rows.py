@@ -24,7 +24,7 @@ def row_outputs(model: nn.Module, names: Iterable[str]) -> tuple[Parameters, Cal
     parameters = dict(model.named_parameters(remove_duplicate=False))
     random = {name: parameters[name].detach() for name in names}
     tied = {id(parameters[name]) for name in random}  # a tied weight has several names and must appear once
-    rest = {n: p.detach() for n, p in parameters.items() if id(p) not in tied} | dict(model.named_buffers())
+    rest = {n: p.detach() for n, p in model.named_parameters() if id(p) not in tied} | dict(model.named_buffers())
 
     def outputs(theta: Parameters, row: Any) -> Tensor:
         args, kwargs = call_arguments(pytree.tree_map(lambda t: t.unsqueeze(0) if isinstance(t, Tensor) else t, row))

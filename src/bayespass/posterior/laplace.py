@@ -17,8 +17,9 @@ from bayespass.curvature.kfac import KFACApprox
 from bayespass.curvature.layers import DEFAULT_MEMORY
 from bayespass.errors import InvalidInput, NotFitted, require_positive
 from bayespass.likelihood import Likelihood, SigmaNoise, check_likelihood
-from bayespass.posterior.base import Posterior, PosteriorInfo, choose_names
+from bayespass.posterior.base import Posterior, PosteriorInfo
 from bayespass.posterior.prior_tuning import DEFAULT_GRID, PriorTuning, TuningMethod, geometric_mean, tune_prior
+from bayespass.posterior.selection import select_parameters
 from bayespass.posterior.spectrum import HessianStructure, PriorPrecision, Spectrum, fit_spectrum
 from bayespass.predict.propagation import SinglePass
 from bayespass.predict.snapshot import check_eval
@@ -92,8 +93,7 @@ class Laplace:
         self.temperature = float(temperature)
         self.sigma_noise: SigmaNoise | None = sigma_noise
         self.max_memory = int(max_memory)
-        trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        self.names = tuple(choose_names(trainable, names) if names is not None else trainable)
+        self.names = tuple(name for name, _ in select_parameters(model, "all" if names is None else names))
         self.prior_precision = self._checked(prior_precision)
         self.mean_: dict[str, Tensor] = {}
         self.spectrum_: Spectrum | None = None

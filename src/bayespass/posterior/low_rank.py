@@ -118,7 +118,7 @@ class LowRankGaussian(Posterior):
             raise InvalidInput(msg)
         gap = torch.cat([(parameters[n] - m).flatten() for n, m in self._mean.items()])
         diagonal = torch.cat([d.flatten() for d in self._diagonal.values()])
-        factors = torch.cat([f.flatten(1) for f in self._factors.values()], 1)
+        factors = torch.cat([f.reshape(len(f), -1) for f in self._factors.values()], 1)
         scaled = factors / diagonal
         inner = torch.eye(self.rank, dtype=factors.dtype, device=factors.device) + scaled @ factors.mT
         root = torch.linalg.cholesky(inner)
@@ -137,7 +137,7 @@ class LowRankGaussian(Posterior):
             InvalidInput: a parameter is missing.
         """
         require_values(self.names, vector)
-        along = torch.stack([(f * vector[name]).flatten(1).sum(1) for name, f in self._factors.items()]).sum(0)
+        along = torch.stack([(f * vector[name]).reshape(len(f), -1).sum(1) for name, f in self._factors.items()]).sum(0)
         return {
             name: d * vector[name] + torch.tensordot(along, self._factors[name], 1)
             for name, d in self._diagonal.items()

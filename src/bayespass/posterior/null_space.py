@@ -34,10 +34,11 @@ from bayespass.curvature.projection import Projection, SolverName, plan, project
 from bayespass.curvature.row_blocks import Block, RowKind, shuffled_blocks
 from bayespass.errors import InvalidInput, NotFitted, require_count, require_positive
 from bayespass.likelihood import Likelihood, SigmaNoise, check_likelihood, check_targets
-from bayespass.posterior.base import PosteriorInfo, choose_names
+from bayespass.posterior.base import PosteriorInfo
 from bayespass.posterior.precision_search import search_precision
 from bayespass.posterior.prior_tuning import PriorTuning
 from bayespass.posterior.sampled_gaussian import SampledGaussian
+from bayespass.posterior.selection import select_parameters
 from bayespass.predict.snapshot import check_eval, snapshot
 
 Kind = Literal["null", "ridge_null", "laplace"]
@@ -167,17 +168,18 @@ class NullSpace:
         self.solver: SolverName = solver
         self.tolerance, self.max_epochs, self.max_memory = tolerance, max_epochs, max_memory
         self.n_projections, self.seed = n_projections, seed
-        trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        self.names = tuple(choose_names(trainable, names) if names is not None else trainable)
+        self.names = tuple(name for name, _ in select_parameters(model, "all" if names is None else names))
         self.prior_scale = dict(prior_scale or {})
         if unknown := set(self.prior_scale) - set(self.names):
             msg = f"prior_scale names {', '.join(sorted(unknown)[:3])}, which is no random parameter; see names"
             raise InvalidInput(msg)
+        require_positive(**{f"prior_scale of {name}": value for name, value in self.prior_scale.items()})
         self.mean_: dict[str, Tensor] = {}
         self.displacements_: dict[str, Tensor] = {}
         self.projection_: Projection | None = None
         self.n_data_ = 0
 
+    @torch.inference_mode(mode=False)
     def fit(
         self, train_loader: Iterable[Any], checkpoint: str | Path | None = None, progress: bool = False
     ) -> "NullSpace":
@@ -254,6 +256,7 @@ class NullSpace:
         info = PosteriorInfo(self.likelihood, self.n_data_, alpha, 1.0, self.sigma_noise, METHODS[self._kind], settings)
         return SampledGaussian(self.mean_, {n: d / alpha**0.5 for n, d in self.displacements_.items()}, info)
 
+    @torch.inference_mode(mode=False)
     def optimize_prior_precision(self, val_loader: Iterable[Any], grid: Sequence[float] | None = None) -> PriorTuning:
         """Choose alpha by the held-out negative log-likelihood of the linearised predictive.
 
@@ -280,11 +283,11 @@ class NullSpace:
         if self._kind == "laplace":
             raise NotImplementedError(_INSIDE)
         values = tuple(sorted(float(value) for value in (DEFAULT_GRID if grid is None else grid)))
-        if not values or not values[0] > 0:
-            msg = f"grid must hold positive prior precisions; got {values}"
+        if not values or not all(0 < value < math.inf for value in values):
+            msg = f"grid must hold positive, finite prior precisions; got {values}"
             raise InvalidInput(msg)
         model = snapshot(self.model, self.posterior())
-        blocks = list(labelled_batches(val_loader))
+        blocks = [(inputs, targets) for inputs, targets in labelled_batches(val_loader) if len(targets)]
         outputs, moved = self._moved(model, blocks)
         pairs = zip(outputs, blocks, strict=True)
         targets = [check_targets(f, y.to(f.device), self.likelihood, self.sigma_noise) for f, (_, y) in pairs]
@@ -292,7 +295,7 @@ class NullSpace:
         tuning = search_precision(outputs, moved, targets, info, values)
         self.prior_precision, self._val_sd = tuning.best, _root_mean_square(moved)
         if tuning.at_edge or "does not beat" in tuning.verdict:
-            warnings.warn(tuning.verdict, UserWarning, stacklevel=2)
+            warnings.warn(tuning.verdict, UserWarning, stacklevel=3)
         return tuning
 
     @property
@@ -358,7 +361,7 @@ class NullSpace:
                 f"a ridge filter with ridge {ridge:.3g}, named 'ridge_null'. Ask for it with kind='ridge_null', or "
                 f"take fewer rows: rows='loss' or 'random', fewer data"
             )
-            warnings.warn(msg, UserWarning, stacklevel=3)
+            warnings.warn(msg, UserWarning, stacklevel=4)
         return "ridge_null", ridge
 
     def _rank(self, found: Projection, noise: Tensor) -> tuple[float, float | None]:

@@ -133,7 +133,9 @@ class SampledGaussian(Posterior):
             InvalidInput: a parameter is missing.
         """
         require_values(self.names, vector)
-        along = torch.stack([(d * vector[name]).flatten(1).sum(1) for name, d in self.displacements.items()]).sum(0)
+        along = torch.stack(
+            [(d * vector[name]).reshape(len(d), -1).sum(1) for name, d in self.displacements.items()]
+        ).sum(0)
         return {name: torch.tensordot(along, d, 1) / self.n_draws for name, d in self.displacements.items()}
 
     def _tempered(self, temperature: float, info: PosteriorInfo) -> "SampledGaussian":

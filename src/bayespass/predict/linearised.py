@@ -243,9 +243,11 @@ def position_blocks(covariance: Tensor, outputs: Tensor) -> Tensor:
 
 
 def covariance_root(covariance: Tensor) -> Tensor:
-    """R (..., C, C) with covariance R R^T, columns by falling eigenvalue."""
-    values, vectors = torch.linalg.eigh(covariance)
-    return (vectors * values.clamp(min=0).sqrt()[..., None, :]).flip(-1)
+    """R (..., C, C) with covariance R R^T, columns by falling eigenvalue; NaN where the covariance is not finite."""
+    finite = torch.isfinite(covariance).all(-1).all(-1)[..., None, None]
+    values, vectors = torch.linalg.eigh(torch.where(finite, covariance, torch.zeros_like(covariance)))
+    root = (vectors * values.clamp(min=0).sqrt()[..., None, :]).flip(-1)
+    return torch.where(finite, root, torch.full_like(root, torch.nan))
 
 
 def _noise(outputs: Tensor) -> Tensor:
