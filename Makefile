@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export BAYESPASS_DATA ?= ../shared/data
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow-test lint format benchmark-demo benchmark-zoo benchmark-real-weights benchmark-cost benchmark-training coverage-page clean
+.PHONY: help setup demo test slow-test lint format benchmark-demo benchmark-zoo benchmark-real-weights benchmark-cost benchmark-training benchmark-post-hoc coverage-page clean
 
 help: ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -56,6 +56,10 @@ benchmark-cost: $(READY) ## How well `bayespass inspect` predicts costs (2 minut
 benchmark-training: $(READY) ## Every training method on images, UCI sets, forecasts (an hour, resumable); writes benchmarks/results/trained_posteriors.json and the tables of docs/training.md.
 	$(BIN)/python benchmarks/trained_posteriors.py
 	$(BIN)/python benchmarks/training_tables.py
+
+benchmark-post-hoc: $(READY) ## Posteriors after training: solvers, OOD, cost, a VAE, laplace-torch (40 minutes, resumable; BAYESPASS_PEERS_PYTHON names its environment); writes benchmarks/results/post_hoc.json and docs/post_hoc.md.
+	$(BIN)/python benchmarks/post_hoc.py
+	$(BIN)/python benchmarks/post_hoc_pages.py
 
 coverage-page: $(READY) ## Make docs/coverage.md from the registry and benchmarks/results/zoo.json.
 	$(BIN)/python benchmarks/coverage_page.py
