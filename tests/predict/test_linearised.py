@@ -271,3 +271,21 @@ def test_a_row_of_nan_leaves_the_others_alone():
     found = predictor(inputs)
     torch.testing.assert_close(found.probs[[0, 2]], expected.probs[[0, 2]])
     assert found.probs[1].isnan().all()
+
+
+def test_outputs_of_draws_make_the_prediction():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double().eval()
+    mean = {name: p.detach() for name, p in model.named_parameters()}
+    drawn = {name: torch.randn(6, *p.shape, dtype=p.dtype) for name, p in mean.items()}
+    posterior = SampledGaussian(mean, drawn)
+    predictor, inputs = Linearised(model, posterior), torch.randn(5, 3, dtype=torch.float64)
+    found = torch.stack(list(predictor.outputs(inputs)))
+    assert found.shape == (12, 5, 3)
+    prediction = predictor(inputs)
+    torch.testing.assert_close(found.softmax(-1).mean(0), prediction.probs)
+    torch.testing.assert_close((found - model(inputs)).square().mean(0), prediction.logit_variance)
+    moved = torch.func.jvp(
+        lambda theta: torch.func.functional_call(model, theta, (inputs,)), (mean,), ({n: d[0] for n, d in drawn.items()},)
+    )[1]
+    torch.testing.assert_close(found[0], model(inputs) + moved)

@@ -24,6 +24,7 @@ from bayespass.evaluate.proper_scores import log_scores
 from bayespass.evaluate.scores import Scores, evaluate
 from bayespass.evaluate.selective import risk_coverage_curve
 from bayespass.posterior.base import Posterior
+from bayespass.posterior.sampled_gaussian import SampledGaussian
 from bayespass.predict.dataset import predict_dataset
 from bayespass.predict.linearised import Linearised
 from bayespass.predict.propagation import SinglePass
@@ -125,6 +126,8 @@ def compare(
         n_reference: draws R of the Monte-Carlo reference. `mcS` rows are means over its disjoint
             groups of S draws; being part of the reference, their squared distance to it is about
             1 - S/R of that of fresh draws.
+            Draws of a null space are for the linearised network: with a `SampledGaussian` the reference is
+            that network at all stored draws and their mirror images, whatever R.
         n_bootstrap: resamples of rows for standard errors.
         seed: of draws and resamples.
         progress: show a progress bar.
@@ -132,10 +135,12 @@ def compare(
     Raises:
         InvalidInput: an unknown predictor, an empty loader, or draws beyond 4 GiB.
     """
+    if isinstance(posterior, SampledGaussian):
+        n_reference = 2 * posterior.n_draws
     specs = [_parse(name, n_reference) for name in predictors]
     batches = list(labelled_batches(loader, device_of(model)))
     targets = torch.cat([target for _, target in batches])
-    reference = MonteCarlo(model, posterior, n_reference, seed)
+    reference = _by_draws(model, posterior, n_reference, seed)
     mean_network = MeanNetwork(model, posterior)
     with torch.inference_mode():
         draws = _draws(reference, batches, progress)  # (S, N, ...)
@@ -148,7 +153,7 @@ def compare(
             elif kind == "mc":
                 groups = draws[: n_reference // argument * argument].split(argument)
                 found = [prediction_from_draws(group, posterior.info, argument) for group in groups]
-                made.append((name, MonteCarlo(model, posterior, argument, seed), found))
+                made.append((name, _by_draws(model, posterior, argument, seed), found))
             elif kind == "linearised":
                 linear = Linearised(model, posterior)
                 made.append((name, linear, [predict_dataset(linear, batches)]))
@@ -174,6 +179,13 @@ def compare(
     )
 
 
+def _by_draws(model: nn.Module, posterior: Posterior, n_samples: int, seed: int) -> "MonteCarlo | Linearised":
+    """The network at draws; the linearised one at those of a `SampledGaussian`, which are for it alone."""
+    if isinstance(posterior, SampledGaussian):
+        return Linearised(model, posterior, covariance="samples")
+    return MonteCarlo(model, posterior, n_samples, seed)
+
+
 def _parse(name: str, n_reference: int) -> tuple[str, Any]:
     if name in ("map", "linearised"):
         return name, None
@@ -190,7 +202,7 @@ def _parse(name: str, n_reference: int) -> tuple[str, Any]:
     raise InvalidInput(msg)
 
 
-def _draws(reference: MonteCarlo, batches: list[tuple[Any, Tensor]], progress: bool) -> Tensor:
+def _draws(reference: "MonteCarlo | Linearised", batches: list[tuple[Any, Tensor]], progress: bool) -> Tensor:
     parts, size = [], 0
     for inputs, _ in track(batches, "Monte Carlo", show=progress):
         args, kwargs = call_arguments(inputs)
@@ -198,7 +210,7 @@ def _draws(reference: MonteCarlo, batches: list[tuple[Any, Tensor]], progress: b
         size += parts[-1].nbytes
         if size > MAX_DRAWS_BYTES:
             msg = (
-                f"the outputs of {reference.n_samples} draws need more than {MAX_DRAWS_BYTES / 2**30:.0f} GiB; "
+                f"the outputs of {len(parts[-1])} draws need more than {MAX_DRAWS_BYTES / 2**30:.0f} GiB; "
                 f"compare on fewer rows or lower n_reference"
             )
             raise InvalidInput(msg)

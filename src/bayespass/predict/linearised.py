@@ -8,6 +8,7 @@ Source: Immer, Korzepa and Bauer 2021 (arXiv 2008.08711); null_space notes 1.5.
 """
 
 import inspect
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -133,6 +134,23 @@ class Linearised(nn.Module):
             found = [(part.outputs, part.covariance()) for part in pushed.chunks(inputs, square=True)]
             return torch.cat([value.to(outputs.dtype) for outputs, value in found])
 
+    def outputs(self, *args: Any, **kwargs: Any) -> Iterator[Tensor]:
+        """The linearised output f + J d of every draw, mirror images after their originals.
+
+        Yields:
+            the output tensor, of the shape the model returns.
+        """
+        check_eval(self.model)
+        with torch.inference_mode(mode=False):
+            inputs = ordinary_inputs(self.model, args, kwargs)
+            parts = list(self._pushed(by_draws=True).chunks(inputs))
+            mean = torch.cat([part.outputs for part in parts])
+            moved = torch.cat([part.moved for part in parts if part.moved is not None], 1).reshape(-1, *mean.shape)
+        for gap in moved:
+            yield mean + gap
+            if is_symmetric(self.posterior):
+                yield mean - gap
+
     def _by_draws(self, inputs: Any) -> bool:
         """Whether a batch goes by draws."""
         if self.structure != "auto" or self._beyond:
@@ -152,7 +170,10 @@ class Linearised(nn.Module):
             finally:
                 hook.remove()
             last = len(paths) == 1 and isinstance(layer, nn.Linear) and outputs.dim() == 2
-            self._widths[form] = outputs.numel(), last and len(returned) == 1 and returned[0] is outputs
+            self._widths[form] = (
+                outputs.numel(),
+                last and len(returned) == 1 and returned[0] is outputs and not outputs._version,
+            )
         return self._widths[form]
 
     def _pushed(self, by_draws: bool) -> OutputCovariance:
