@@ -286,6 +286,8 @@ def test_outputs_of_draws_make_the_prediction():
     torch.testing.assert_close(found.softmax(-1).mean(0), prediction.probs)
     torch.testing.assert_close((found - model(inputs)).square().mean(0), prediction.logit_variance)
     moved = torch.func.jvp(
-        lambda theta: torch.func.functional_call(model, theta, (inputs,)), (mean,), ({n: d[0] for n, d in drawn.items()},)
+        lambda theta: torch.func.functional_call(model, theta, (inputs,)),
+        (mean,),
+        ({n: d[0] for n, d in drawn.items()},),
     )[1]
     torch.testing.assert_close(found[0], model(inputs) + moved)
