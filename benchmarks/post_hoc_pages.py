@@ -343,9 +343,14 @@ def laplace_section(summary: Summary, rows: list[dict[str, Any]]) -> str:
     lines = [[f"`{key}`", number(summary, key)] for key in keys]
     mine = [row for row in rows if row["part"] == "laplace"]
     fits = [
-        [f"{row['task'].upper()}, {row['kind']}", LIBRARIES[row["library"]]]
-        + [f"{row['fit_s']:.3f}", f"{row['predict_s']:.3f}", f"{row['memory_mib']:.0f}"]
-        + [f"{row['difference']:.1e}" if "difference" in row else ""]
+        [
+            f"{row['task'].upper()}, {row['kind']}",
+            LIBRARIES[row["library"]],
+            f"{row['fit_s']:.3f}",
+            f"{row['predict_s']:.3f}",
+            f"{row['memory_mib']:.0f}",
+            f"{row['difference']:.1e}" if "difference" in row else "",
+        ]
         for row in mine
         if row["task"] in ("mlp", "cnn")
     ]
