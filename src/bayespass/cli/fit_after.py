@@ -21,6 +21,7 @@ from bayespass.posterior.null_space import NullSpace
 from bayespass.posterior.selection import select_parameters
 from bayespass.posterior.sgld import SGLD
 from bayespass.posterior.swag import SWAG
+from bayespass.predict.linearised import Linearised
 from bayespass.training import TrainingLog, likelihood_loss, recompute_norms, train
 
 Build = Callable[[int], nn.Module]
@@ -70,8 +71,11 @@ def train_map(
     )
 
 
-def fit_laplace(network: nn.Module, data: Data, settings: Settings, progress: bool) -> Made:
-    """Laplace at the weights; its prior precision tuned on the training data unless it was given."""
+def fit_laplace(network: nn.Module, data: Data, settings: Settings, held_out: Data, progress: bool) -> Made:
+    """Laplace at the weights; its prior precision tuned on the validation rows unless it was given.
+
+    The marginal likelihood of a network that fits its data well asks for priors that predict badly.
+    """
     batches = data.batches(settings.batch_size)
     method = Laplace(
         network,
@@ -85,8 +89,9 @@ def fit_laplace(network: nn.Module, data: Data, settings: Settings, progress: bo
     covered = f"curvature of {str(method.coverage()).splitlines()[-1]}"
     if settings.prior_precision is not None:
         return method.posterior(), None, (covered,)
-    tuning = method.optimize_prior_precision("marglik", progress=progress)
-    return method.posterior(), None, (covered, f"prior precision by marginal likelihood: {tuning.verdict}")
+    validation = held_out.batches(settings.batch_size)
+    tuning = method.optimize_prior_precision("gridsearch", validation, predictor=Linearised, progress=progress)
+    return method.posterior(), None, (covered, f"prior precision on the validation rows: {tuning.verdict}")
 
 
 def fit_null_space(

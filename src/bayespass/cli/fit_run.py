@@ -74,7 +74,7 @@ def run(
             return Outcome(members[0], members[1], None, (*notes, *members[2]))
         first = fit_after.train_map(network, loader, settings, output / WARM_START, options)
         if method == Method.LAPLACE:
-            made = fit_after.fit_laplace(network, data, settings, progress)
+            made = fit_after.fit_laplace(network, data, settings, held_out, progress)
         elif method == Method.NULL_SPACE:
             made = fit_after.fit_null_space(network, data, settings, held_out, checkpoint, progress)
         elif method == Method.MC_DROPOUT:

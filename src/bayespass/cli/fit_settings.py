@@ -84,8 +84,8 @@ class Settings:
         lr: of the method.
         map_lr: of AdamW.
         batch_size: rows per batch.
-        prior_precision: a0; None: tuned on the training data (laplace) or the validation rows
-            (null-space), or 1 / mean square of the weights (first-layer).
+        prior_precision: a0; None: tuned on the validation rows (laplace, null-space), or 1 / mean square of
+            the weights (first-layer).
         weight_decay: of AdamW; a0 / N where a0 is given.
         temperature: T.
         hess_init: h0 of IVON.
