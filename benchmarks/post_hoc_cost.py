@@ -4,8 +4,8 @@
     row = run_cell("mlp_700", "block", seed=0, data=Path("../shared/data"))
 
 Networks of 1e4 to 3e7 random weights, ten outputs, on random images: MLPs (28x28 pixels, 64 images),
-CNNs (28x28, 16), vision transformers (96x96, patches of 16, 4) and Swin transformers of transformers
-(224x224, 2), Swin-T and a wider one. Kinds: "train" is an epoch of AdamW in one batch; the others project
+CNNs (28x28, 16), vision transformers (96x96, patches of 16, 4) and Swin-T of transformers
+(224x224, 2). Kinds: "train" is an epoch of AdamW in one batch; the others project
 four vectors on the kernel of the Jacobian of all outputs, in two blocks: "block" by sweeps with the
 factors of the blocks (made once; `gram_seconds` and `factor_seconds` are extra), "factor_free" by LSMR
 without any, and "loss" by the same on the loss, one row per image. `seconds` is the median of three

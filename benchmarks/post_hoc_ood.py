@@ -220,7 +220,7 @@ def fit_swag(model: nn.Module, images: ImageTask, seed: int) -> Fitted:
     for rate in SWAG_RATES:
         posterior = swag_posterior(model, images.train, rate, seed)
         for factor in SWAG_FACTORS:
-            scaled = with_spread(posterior, factor)
+            scaled = posterior.temper(factor**2)
             prediction = predict_dataset(MonteCarlo(model, scaled, TUNING_DRAWS), images.validation.batches(CHUNK))
             score = float(log_scores(prediction, images.validation.labels).mean())
             found.append((score, rate, factor, scaled))
@@ -246,13 +246,6 @@ def swag_posterior(model: nn.Module, rows: Split, rate: float, seed: int) -> Low
     optimizer.zero_grad(set_to_none=True)
     model.load_state_dict(before)
     return swag.posterior()
-
-
-def with_spread(posterior: LowRankGaussian, factor: float) -> LowRankGaussian:
-    """The same with standard deviations times a factor."""
-    diagonal = {name: factor**2 * value for name, value in posterior._diagonal.items()}
-    factors = {name: factor * value for name, value in posterior._factors.items()}
-    return LowRankGaussian(posterior.mean, diagonal, factors, posterior.info)
 
 
 class Tempered(nn.Module):

@@ -106,6 +106,16 @@ def to_device(inputs: Any, device: torch.device | None) -> Any:
     return pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, inputs)
 
 
+def batch_size(inputs: Any) -> int:
+    """Rows of a batch: the leading axis of its first tensor."""
+    return next(len(leaf) for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))
+
+
+def rows_of(inputs: Any, place: slice) -> Any:
+    """Some rows of a batch."""
+    return pytree.tree_map(lambda t: t[place] if isinstance(t, Tensor) else t, inputs)
+
+
 def model_output(output: Any) -> Any:
     """The tensor that a model's output is about.
 

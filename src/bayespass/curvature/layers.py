@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 from torch.utils import _pytree as pytree
 
-from bayespass.batches import call_arguments, model_output
+from bayespass.batches import batch_size, call_arguments, model_output, rows_of
 from bayespass.curvature.blocks import Call, DensePiece, Piece, dense, has_block, make_piece, unfolded_size
 from bayespass.curvature.output import Rows, output_rows
 from bayespass.curvature.rows import Parameters, row_outputs
@@ -88,14 +88,14 @@ class RowJacobian:
         Raises:
             InvalidInput: one row alone exceeds `max_memory`, and its scalars may not come in parts.
         """
-        count = _batch_size(inputs)
+        count = batch_size(inputs)
         if not self._verified:
             self._verify(inputs, targets, rows)
         size, width = self._sizes(inputs, targets, rows, additive)
         for start in range(0, count, size):
             place = slice(start, min(start + size, count))
             yield from self._chunk(
-                _rows_of(inputs, place), None if targets is None else targets[place], rows, place, width
+                rows_of(inputs, place), None if targets is None else targets[place], rows, place, width
             )
 
     def _chunk(
@@ -177,7 +177,7 @@ class RowJacobian:
                 self._together = False  # the model branches on its data, or an operation does not run under vmap
         leaves = {name: value.requires_grad_() for name, value in random.items()}
         each = []
-        for k in range(_batch_size(inputs)):
+        for k in range(batch_size(inputs)):
             row = pytree.tree_map(lambda t, k=k: t[k] if isinstance(t, Tensor) else t, inputs)
             with torch.enable_grad():
                 wanted = scalars(leaves, row, None if targets is None else targets[k])
@@ -222,7 +222,7 @@ class RowJacobian:
     @torch.enable_grad()
     def _verify(self, inputs: Any, targets: Tensor | None, rows: Rows) -> None:
         """Hand to `others` whatever a layer does not answer for, by the gradients of two rows."""
-        count = _batch_size(inputs)
+        count = batch_size(inputs)
         place = torch.tensor([0, count - 1])  # one row alone is taken twice, and does not settle it
         few = pytree.tree_map(lambda t: t[place.to(t.device)] if isinstance(t, Tensor) else t, inputs)
         few_targets = None if targets is None else targets[place.to(targets.device)]
@@ -275,7 +275,7 @@ class RowJacobian:
         Raises:
             InvalidInput: one row is too much.
         """
-        one = _rows_of(inputs, slice(0, 1))
+        one = rows_of(inputs, slice(0, 1))
         args, kwargs = call_arguments(one)
         with torch.enable_grad(), self._hooked() as calls:  # with gradients on, as layers take other paths without
             outputs = model_output(functional_call(self.model, self._leaves(), args, kwargs))
@@ -329,12 +329,3 @@ def _gradient(scalar: Tensor, leaves: Parameters) -> tuple[Tensor, ...]:
     if not scalar.requires_grad:
         return tuple(torch.zeros_like(leaf) for leaf in leaves.values())
     return torch.autograd.grad(scalar, list(leaves.values()), retain_graph=True, materialize_grads=True)
-
-
-def _batch_size(inputs: Any) -> int:
-    """Rows of a batch: the leading axis of its first tensor."""
-    return next(len(leaf) for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))
-
-
-def _rows_of(inputs: Any, place: slice) -> Any:
-    return pytree.tree_map(lambda t: t[place] if isinstance(t, Tensor) else t, inputs)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from bayespass.batches import call_arguments, device_of, input_batches, model_output
+from bayespass.batches import batch_size, call_arguments, device_of, input_batches, model_output, rows_of
 from bayespass.curvature.blocks import Bases, DensePiece, LinearPiece, Piece
 from bayespass.curvature.blocks import parameter_names as names_of
 from bayespass.curvature.forms import (
@@ -326,16 +326,6 @@ def outputs_of(model: nn.Module, inputs: Any) -> Tensor:
     args, kwargs = call_arguments(inputs)
     with torch.no_grad():
         return model_output(model(*args, **kwargs))
-
-
-def rows_of(inputs: Any, place: slice) -> Any:
-    """Some rows of a batch."""
-    return pytree.tree_map(lambda t: t[place] if isinstance(t, Tensor) else t, inputs)
-
-
-def batch_size(inputs: Any) -> int:
-    """Rows of a batch: the leading axis of its first tensor."""
-    return next(len(leaf) for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))
 
 
 def parts(inputs: Any, size: int) -> Iterator[slice]:

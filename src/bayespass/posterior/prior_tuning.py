@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from bayespass.batches import device_of, labelled_batches
+from bayespass.batches import device_of, labelled_batches, rows_of
 from bayespass.calibrate.temperature import TemperatureScaling
-from bayespass.curvature.pushforward import covariance_grid, layer_paths, outputs_of, rows_of
+from bayespass.curvature.pushforward import covariance_grid, layer_paths, outputs_of
 from bayespass.errors import InvalidInput
 from bayespass.evaluate.proper_scores import log_scores
 from bayespass.link import SOBOL_CLASSES, correlated_softmax_link, softmax_link

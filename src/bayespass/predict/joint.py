@@ -24,9 +24,10 @@ from torch.nn.modules import activation as activations
 
 import bayespass.rules  # noqa: F401  registers which functions are elementwise
 from bayespass.approximation import CVP, Activation
+from bayespass.batches import rows_of
 from bayespass.curvature.forms import Basis, Form, Root, closed_forms, ordinary, sum_of
 from bayespass.curvature.layers import DEFAULT_MEMORY
-from bayespass.curvature.pushforward import parts, rows_of
+from bayespass.curvature.pushforward import parts
 from bayespass.errors import InvalidInput, UnsupportedOp, require_positive
 from bayespass.gaussian import unwrap, wrap
 from bayespass.link import SOBOL_CLASSES, Link, correlated_softmax_link, softmax_link

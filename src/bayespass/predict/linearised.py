@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from bayespass.batches import rows_of
 from bayespass.curvature.forms import closed_forms, is_symmetric, sum_of
 from bayespass.curvature.layers import DEFAULT_MEMORY
-from bayespass.curvature.pushforward import OutputCovariance, RowCovariance, layer_paths, outputs_of, rows_of
+from bayespass.curvature.pushforward import OutputCovariance, RowCovariance, layer_paths, outputs_of
 from bayespass.errors import InvalidInput, require_count, require_positive
 from bayespass.likelihood import mean_and_log_variance
 from bayespass.link import SOBOL_CLASSES, Link, correlated_softmax_link, softmax_link
