@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export BAYESPASS_DATA ?= ../shared/data
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow-test lint format benchmark-demo benchmark-zoo benchmark-real-weights benchmark-cost benchmark-training benchmark-post-hoc coverage-page clean
+.PHONY: help setup demo test slow-test lint format benchmark-demo benchmark-zoo benchmark-real-weights benchmark-cost benchmark-training benchmark-post-hoc benchmark-fidelity coverage-page clean
 
 help: ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -60,6 +60,10 @@ benchmark-training: $(READY) ## Every training method on images, UCI sets, forec
 benchmark-post-hoc: $(READY) ## Posteriors after training: solvers, OOD, cost, a VAE, laplace-torch (40 minutes, resumable; BAYESPASS_PEERS_PYTHON names its environment); writes benchmarks/results/post_hoc.json and docs/post_hoc.md.
 	$(BIN)/python benchmarks/post_hoc.py
 	$(BIN)/python benchmarks/post_hoc_pages.py
+
+benchmark-fidelity: $(READY) ## Every predictor against Monte Carlo on the same posteriors, nine tasks (hours on two cores, resumable); writes benchmarks/results/fidelity.json and the tables of docs/fidelity.md.
+	MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=17179869184 $(BIN)/python benchmarks/fidelity.py
+	$(BIN)/python benchmarks/fidelity_pages.py
 
 coverage-page: $(READY) ## Make docs/coverage.md from the registry and benchmarks/results/zoo.json.
 	$(BIN)/python benchmarks/coverage_page.py

@@ -49,7 +49,7 @@ class Bessel(nn.Module):
 
 
 def test_an_mlp():
-    coverage = inspect_model(mlp(), torch.zeros(2, 4))
+    coverage = inspect_model(mlp(), torch.zeros(2, 4), approximation="cvp")
     assert [(row.path, row.class_name, row.operation.rpartition(".")[2], row.calls) for row in coverage.rows] == [
         ("0", "Linear", "linear", 1),
         ("1", "GELU", "gelu", 1),
@@ -204,7 +204,7 @@ def test_attention_says_what_it_leaves_out():
             y = self.layer(x)
             return F.scaled_dot_product_attention(y, y, y)
 
-    coverage = inspect_model(Attention().eval(), torch.randn(1, 3, 4))
+    coverage = inspect_model(Attention().eval(), torch.randn(1, 3, 4), approximation="cvp")
     assert coverage.rows[-1].drops == coverage.drops
     assert coverage.drops[0] in coverage_summary(coverage).plain
 

@@ -6,9 +6,13 @@ This file is the whole public API.
 """
 
 from bayespass.approximation import CVP as CVP
+from bayespass.approximation import FAITHFUL as FAITHFUL
 from bayespass.approximation import SHARED as SHARED
 from bayespass.approximation import STREAMLINED as STREAMLINED
 from bayespass.approximation import Approximation as Approximation
+from bayespass.calibrate.distillation import DistillationReport as DistillationReport
+from bayespass.calibrate.distillation import DistilledScales as DistilledScales
+from bayespass.calibrate.distillation import distill as distill
 from bayespass.calibrate.temperature import TemperatureScaling as TemperatureScaling
 from bayespass.calibrate.variance_scale import VarianceScales as VarianceScales
 from bayespass.calibrate.variance_scale import fit_scales as fit_scales
@@ -78,6 +82,8 @@ from bayespass.posterior.selection import select_parameters as select_parameters
 from bayespass.posterior.sgld import SGLD as SGLD
 from bayespass.posterior.sgld import cyclical_lr as cyclical_lr
 from bayespass.posterior.swag import SWAG as SWAG
+from bayespass.predict.cascade import Cascade as Cascade
+from bayespass.predict.correlated import CorrelatedPass as CorrelatedPass
 from bayespass.predict.dataset import predict_dataset as predict_dataset
 from bayespass.predict.joint import JointPass as JointPass
 from bayespass.predict.linearised import Linearised as Linearised

@@ -11,7 +11,7 @@ from bayespass.errors import InvalidInput
 
 Activation = Literal["moments", "linear"]
 Norm = Literal["expected", "delta", "at_mean"]
-Scores = Literal["at_mean"]
+Scores = Literal["at_mean", "random"]
 Shared = Literal["ignore", "carry"]
 
 
@@ -27,7 +27,8 @@ class Approximation:
             denominator; `"delta"` adds the first-order effect of every entry on the statistics;
             `"at_mean"` takes the statistics of the mean as constants.
         scores: attention scores. `"at_mean"` ignores the variance of queries and keys, so the
-            attention weights are those of the mean and only values carry variance.
+            attention weights are those of the mean and only values carry variance; `"random"`
+            follows it, by the variance of a score around the average of its query.
         shared: noise that one weight makes at all positions (tokens, pixels, time steps).
             `"carry"` follows the part of the variance that positions have in common, which
             pooling and attention do not average away; `"ignore"` treats positions as independent.
@@ -53,7 +54,7 @@ class Approximation:
     @property
     def drops(self) -> tuple[str, ...]:
         """What this approximation leaves out by design, in words for notes and reports."""
-        return ("variance of attention scores (queries and keys at their mean)",)
+        return () if self.scores == "random" else ("variance of attention scores (queries and keys at their mean)",)
 
 
 STREAMLINED = Approximation("streamlined", activation="linear", norm="at_mean", scores="at_mean")
@@ -68,7 +69,11 @@ SHARED = Approximation("shared", activation="moments", norm="delta", scores="at_
 """Matched moments, delta-form norms, and the variance that positions have in common carried along:
 what convolutional networks and long sequences need, for about one more product per layer."""
 
-NAMED = {approximation.name: approximation for approximation in (STREAMLINED, CVP, SHARED)}
+FAITHFUL = Approximation("faithful", activation="moments", norm="delta", scores="random", shared="carry")
+"""What comes closest to Monte Carlo, and the default: as `shared`, with random queries and keys, whose
+noise moves the attention weights and so the mean. `benchmarks/fidelity.py` measures it."""
+
+NAMED = {approximation.name: approximation for approximation in (STREAMLINED, CVP, SHARED, FAITHFUL)}
 
 
 def named_approximation(approximation: "Approximation | str") -> Approximation:

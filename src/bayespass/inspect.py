@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from bayespass.approximation import CVP, Approximation, named_approximation
+from bayespass.approximation import FAITHFUL, Approximation, named_approximation
 from bayespass.batches import call_arguments, model_output
 from bayespass.cost import Cost, Meter, compared
 from bayespass.errors import InvalidInput, MissingRule, UnsupportedOp
@@ -123,7 +123,7 @@ class Coverage:
 
 
 def inspect_model(
-    model: nn.Module, inputs: Any, posterior: Posterior | None = None, approximation: Approximation | str = CVP
+    model: nn.Module, inputs: Any, posterior: Posterior | None = None, approximation: Approximation | str = FAITHFUL
 ) -> Coverage:
     """Trace the model once and say which rule answers where.
 

@@ -92,6 +92,12 @@ def finite_slope(derivative: Tensor) -> Tensor:
     return derivative.nan_to_num(0.0, STEEPEST, -STEEPEST)
 
 
+def root(variance: Tensor) -> Tensor:
+    """The standard deviation, whose slope is finite, and zero at no variance."""
+    least = torch.finfo(variance.dtype).tiny ** 0.5
+    return torch.where(variance > 0, variance.clamp(min=least).sqrt(), 0.0)
+
+
 def total(*terms: Tensor | None) -> Tensor | None:
     """Sum of the variances that are there; `None` when none is."""
     present = [term for term in terms if term is not None]
@@ -184,5 +190,5 @@ def average(weighted: Callable[[Tensor], Tensor], squared: Callable[[Tensor], Te
     if x.shared is None:
         return Moments(mean, squared(x.var))
     common = x.shared.expand_as(x.var)
-    shared = weighted(common.sqrt()).square()
+    shared = weighted(root(common)).square()
     return Moments(mean, shared + squared((x.var - common).clamp(min=0)), shared)

@@ -45,7 +45,7 @@ def test_a_wrong_site_is_found_and_the_next_one_is_not_blamed():
     model = Copies().eval()
     posterior = isotropic(model, 0.3)
     scales = fit_scales(
-        model, posterior.subset(lambda name: name.startswith("source")), torch.randn(256, 4), n_samples=400
+        model, posterior.subset(lambda name: name.startswith("source")), torch.randn(256, 4), "cvp", n_samples=400
     )
     assert scales["source"] == pytest.approx(1.0, rel=0.05)
     assert scales[""] == pytest.approx(8.0, rel=0.05)
@@ -53,11 +53,11 @@ def test_a_wrong_site_is_found_and_the_next_one_is_not_blamed():
 
 def test_scales_bring_the_prediction_closer_to_monte_carlo(vit):
     posterior, held_out, test = isotropic(vit, 0.05), torch.randn(96, 1, 8, 8), torch.randn(64, 1, 8, 8)
-    scales = fit_scales(vit, posterior, [(part,) for part in held_out.split(48)], n_samples=60)
+    scales = fit_scales(vit, posterior, [(part,) for part in held_out.split(48)], "cvp", n_samples=60)
     with torch.inference_mode():
         truth = MonteCarlo(vit, posterior, 200, seed=5)(test)
-        before = agreement(SinglePass(vit, posterior)(test), truth)
-        after = agreement(SinglePass(vit, posterior, scales=scales)(test), truth)
+        before = agreement(SinglePass(vit, posterior, "cvp")(test), truth)
+        after = agreement(SinglePass(vit, posterior, "cvp", scales)(test), truth)
     assert abs(math.log(after.variance_ratio)) < abs(math.log(before.variance_ratio))
     assert after.variance_ratio == pytest.approx(1.0, abs=0.2)
     assert after.kl < before.kl

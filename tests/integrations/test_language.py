@@ -49,7 +49,7 @@ def posterior(model, variance=1e-3):
 
 
 def single_pass(model, variance=1e-3, **options):
-    return SinglePass(model, posterior(model, variance), **options)
+    return SinglePass(model, posterior(model, variance), **{"approximation": "cvp"} | options)
 
 
 def texts(rows, length):
@@ -246,3 +246,8 @@ def test_half_precision_is_scored_in_single():
     assert result.tokens.log_prob.dtype == torch.float32
     assert all(bool(torch.isfinite(getattr(result.tokens, field.name)).all()) for field in fields(result.tokens))
     assert math.isfinite(float(result.whole.perplexity.sum()))
+
+
+def test_an_approximation_that_shares_over_tokens_has_no_cache():
+    with pytest.raises(InvalidInput, match="approximation='cvp'"):
+        generate(single_pass(gpt2(), approximation="faithful"), texts(1, 4), max_new_tokens=2)

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from bayespass.approximation import CVP, Approximation
+from bayespass.approximation import FAITHFUL, Approximation
 from bayespass.batches import call_arguments, device_of, input_batches
+from bayespass.calibrate.output_variance import OutputVariance
 from bayespass.errors import InvalidInput
 from bayespass.gaussian import GaussianTensor, read
 from bayespass.posterior import store
@@ -43,14 +44,24 @@ class VarianceScales(Mapping[str, float]):
         factors: path of the site to factor > 0.
         approximation: name of the approximation they belong to.
         standard_errors: of log factors over batches, by path; NaN for one batch.
+        dampings: path of the site to d of the mean's correction m exp(-d r), where r is the variance
+            relative to the second moment; none by default, see `distill`.
+        output: the correction of the output's variance; none by default.
     """
 
     def __init__(
-        self, factors: Mapping[str, float], approximation: str, standard_errors: Mapping[str, float] | None = None
+        self,
+        factors: Mapping[str, float],
+        approximation: str,
+        standard_errors: Mapping[str, float] | None = None,
+        dampings: Mapping[str, float] | None = None,
+        output: OutputVariance | None = None,
     ) -> None:
         self._factors = dict(factors)
         self.approximation = approximation
         self.standard_errors = dict(standard_errors or {})
+        self.dampings = dict(dampings or {})
+        self.output = output
 
     def __getitem__(self, path: str) -> float:
         return self._factors[path]
@@ -62,15 +73,19 @@ class VarianceScales(Mapping[str, float]):
         return len(self._factors)
 
     def __repr__(self) -> str:
-        shown = ", ".join(f"{path or '(output)'}: {factor:.3g}" for path, factor in self.items())
-        return f"VarianceScales({self.approximation}; {shown})"
+        return f"VarianceScales({self.approximation}; {self.described()})"
+
+    def described(self) -> str:
+        """Every site's factor, then the dampings if there are any, in one line."""
+        shown = _listed(self) or "no site scaled"
+        return f"{shown}; dampings {_listed(self.dampings)}" if self.dampings else shown
 
 
 def fit_scales(
     model: nn.Module,
     posterior: Posterior,
     loader: Iterable[Any] | Tensor,
-    approximation: Approximation | str = CVP,
+    approximation: Approximation | str = FAITHFUL,
     n_samples: int = 100,
     seed: int = 0,
     progress: bool = False,
@@ -124,7 +139,19 @@ def load_scales(path: str | os.PathLike[str]) -> VarianceScales | None:
         InvalidPosteriorFile: the file is damaged or foreign.
     """
     saved = store.read(path)[1].get("scales")
-    return None if saved is None else VarianceScales(saved["factors"], saved["approximation"])
+    if saved is None:
+        return None
+    output = saved.get("output")
+    return VarianceScales(
+        saved["factors"],
+        saved["approximation"],
+        dampings=saved.get("dampings"),
+        output=None if output is None else OutputVariance.from_dict(output),
+    )
+
+
+def _listed(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{path or '(output)'}: {value:.3g}" for path, value in values.items())
 
 
 class _Running:

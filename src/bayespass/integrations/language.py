@@ -194,10 +194,14 @@ def generate(
         **generate_kwargs: what `generate` of transformers takes.
 
     Raises:
-        InvalidInput: the model is no causal language model, or an argument asks for decoding that
-            runs other forward passes (an assistant, guidance) or for a cache of plain tensors.
+        InvalidInput: the model is no causal language model, the approximation shares variance over
+            tokens, or an argument asks for decoding that runs other forward passes (an assistant,
+            guidance) or for a cache of plain tensors.
     """
     model = language_model(predictor)
+    if predictor.approximation.shared == "carry":
+        msg = "a cache does not hold what all tokens of a text share; build the predictor with approximation='cvp'"
+        raise InvalidInput(msg)
     _checked_mask(input_ids, generate_kwargs.get("attention_mask"))
     if generate_kwargs.get("guidance_scale") == 1:
         del generate_kwargs["guidance_scale"]

@@ -204,6 +204,10 @@ class Posterior(ABC):
             manifest["structure"] = structure
         if scales is not None:
             manifest["scales"] = {"approximation": getattr(scales, "approximation", None), "factors": dict(scales)}
+            if dampings := getattr(scales, "dampings", None):
+                manifest["scales"]["dampings"] = dict(dampings)
+            if output := getattr(scales, "output", None):
+                manifest["scales"]["output"] = output.as_dict()
         store.write(path, self._tensors(), manifest)
 
     @staticmethod

@@ -5,6 +5,7 @@ it calls is answered by a rule. The result is a `Prediction`.
 """
 
 import inspect
+import math
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,8 +16,9 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 import bayespass.rules  # noqa: F401  registers every rule
-from bayespass.approximation import CVP, Approximation, named_approximation
+from bayespass.approximation import FAITHFUL, Approximation, named_approximation
 from bayespass.batches import call_arguments, device_of, model_output
+from bayespass.calibrate.output_variance import OutputVariance
 from bayespass.errors import InvalidInput, MissingRule, UnsupportedOp
 from bayespass.gaussian import Found, GaussianTensor, read, unwrap, wrap
 from bayespass.link import Link, softmax_link
@@ -36,8 +38,9 @@ class SinglePass(nn.Module):
     Args:
         model: any `nn.Module` in eval mode; it is copied, never modified.
         posterior: over any subset of its parameters; others are deterministic.
-        approximation: `"cvp"`, `"streamlined"` or an `Approximation`.
-        scales: variance factor per site (`VarianceScales`), see `fit_scales`.
+        approximation: `"faithful"`, `"cvp"`, `"shared"`, `"streamlined"` or an `Approximation`.
+        scales: variance factor per site (`VarianceScales`), see `fit_scales` and `distill`; their
+            `dampings`, if they have any, correct the means, and their `output` the output's variance.
         link: how Gaussian logits become probabilities, see `softmax_link`.
 
     `forward` takes what the model takes and returns a `Prediction`. Weight moments are parameters
@@ -56,7 +59,7 @@ class SinglePass(nn.Module):
         self,
         model: nn.Module,
         posterior: Posterior,
-        approximation: Approximation | str = CVP,
+        approximation: Approximation | str = FAITHFUL,
         scales: Mapping[str, float] | None = None,
         link: Link = "auto",
     ) -> None:
@@ -73,6 +76,8 @@ class SinglePass(nn.Module):
             self.register_buffer(_buffer_name(name), variance.detach().to(like.device, dtype, copy=True))
         self.sites = sites(self.model, self.names)
         self.scales = _checked_scales(scales, self.sites, self.approximation)
+        self.dampings = _checked_dampings(scales, self.sites)
+        self.output_variance: OutputVariance | None = getattr(scales, "output", None)
         self._site_hook: SiteHook | None = None
         for path in self.sites:
             self.model.get_submodule(path).register_forward_hook(self._at_site(path))
@@ -85,7 +90,8 @@ class SinglePass(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Prediction:
         """The prediction for one batch, called as the model is called."""
         mean, variance = self.moments(*args, **kwargs)
-        notes = (*self.approximation.drops, f"{len(self.scales)} of {len(self.sites)} sites scaled")
+        corrected = f", {len(self.dampings)} damped" if self.dampings else ""
+        notes = (*self.approximation.drops, f"{len(self.scales)} of {len(self.sites)} sites scaled{corrected}")
         if self.info.likelihood == "regression":
             return regression_prediction(mean, variance, self.info.sigma_noise, self.approximation.name, notes)
         probs = softmax_link(mean, variance, self.link)
@@ -105,6 +111,8 @@ class SinglePass(nn.Module):
             raise type(error)(_located(error, self.model)) from error
         moments = as_moments(unwrap(model_output(output), []))
         variance = torch.zeros_like(moments.mean) if moments.var is None else moments.var
+        if self.output_variance is not None:
+            variance = self.output_variance(moments.mean, variance)
         return moments.mean, variance
 
     def gaussian_parameters(self) -> dict[str, Tensor]:
@@ -117,9 +125,9 @@ class SinglePass(nn.Module):
 
     def _at_site(self, path: str) -> Callable[[nn.Module, Any, Any], Any]:
         def scaled(module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001
-            factor = self.scales.get(path)
-            if factor is not None:
-                output = scale_output(output, factor, self.approximation)
+            factor, damping = self.scales.get(path, 1.0), self.dampings.get(path)
+            if path in self.scales or damping is not None:
+                output = scale_output(output, factor, self.approximation, damping)
             return output if self._site_hook is None else self._site_hook(path, output)
 
         return scaled
@@ -141,7 +149,7 @@ def propagate(
     model: nn.Module,
     posterior: Posterior,
     batch: Any,
-    approximation: Approximation | str = CVP,
+    approximation: Approximation | str = FAITHFUL,
     scales: Mapping[str, float] | None = None,
 ) -> Prediction:
     """One single pass without keeping the predictor.
@@ -176,17 +184,39 @@ def sites(model: nn.Module, random_names: tuple[str, ...]) -> tuple[str, ...]:
     return (*owners, OUTPUT_SITE)
 
 
-def scale_output(output: Any, factor: float, approximation: Approximation) -> Any:
-    """The module's output with the variance of every Gaussian tensor in it multiplied."""
+def scale_output(
+    output: Any, factor: "float | Tensor", approximation: Approximation, damping: "float | Tensor | None" = None
+) -> Any:
+    """The module's output with the variance of every Gaussian tensor in it multiplied, and its mean damped.
+
+    The mean becomes m exp(-d r), where r in [0, 1] is the variance relative to the second moment,
+    both averaged over the last axis: a correction that vanishes with the variance.
+
+    Args:
+        output: of the module, Gaussian tensors anywhere inside.
+        factor: of the variance, > 0.
+        approximation: of the propagation.
+        damping: d, any number; None leaves the mean as it is.
+    """
 
     def scaled(leaf: Any) -> Any:
         if not isinstance(leaf, GaussianTensor):
             return leaf
         x = read(leaf)
         var, shared, scores = (None if f is None else f * factor for f in (x.var, x.shared, x.scores))
-        return wrap(Moments(x.mean, var, shared, scores), approximation)
+        mean = x.mean if damping is None or var is None else x.mean * _damped(x.mean, var, damping)
+        return wrap(Moments(mean, var, shared, scores), approximation)
 
     return pytree.tree_map(scaled, output)
+
+
+def _damped(mean: Tensor, var: Tensor, damping: "float | Tensor") -> Tensor:
+    """exp(-d r), computed in float32 where the mean is half precision: its squares overflow."""
+    dtype = torch.float32 if mean.dtype in (torch.float16, torch.bfloat16) else mean.dtype
+    axis = -1 if mean.dim() else ()
+    variance = var.to(dtype).expand_as(mean).mean(axis, keepdim=True)
+    second = variance + mean.to(dtype).square().mean(axis, keepdim=True)
+    return (-damping * variance / second.clamp(min=torch.finfo(dtype).tiny)).exp().to(mean.dtype)
 
 
 def _checked_scales(
@@ -211,6 +241,23 @@ def _checked_scales(
             msg = f"the scale of site {path!r} must be positive and finite; got {factor}"
             raise InvalidInput(msg)
     return {path: float(factor) for path, factor in (scales or {}).items()}
+
+
+def _checked_dampings(scales: Mapping[str, float] | None, known: tuple[str, ...]) -> dict[str, float]:
+    """The dampings that come with scales, as a plain dict.
+
+    Raises:
+        InvalidInput: a path that is no site, or a damping that is not finite.
+    """
+    dampings: Mapping[str, float] = getattr(scales, "dampings", {})
+    for path, damping in dampings.items():
+        if path not in known:
+            msg = f"scales.dampings name {path!r}, which is no site of this model; fit them on this model"
+            raise InvalidInput(msg)
+        if not math.isfinite(damping):
+            msg = f"the damping of site {path!r} must be finite; got {damping}; fit it again"
+            raise InvalidInput(msg)
+    return {path: float(damping) for path, damping in dampings.items()}
 
 
 def _buffer_name(parameter_name: str) -> str:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bayespass.approximation import Approximation
-from bayespass.moments import Moments, Source, finite_slope, in_float32, linearise, scale
+from bayespass.moments import Moments, Source, finite_slope, in_float32, linearise, root, scale
 from bayespass.rules.registry import EXACT, Accuracy, Operation, rule
 
 # sigmoid(x) ~ sum_k p_k Phi(l_k x), largest error 4.8e-5 (single_pass notes 3.2).
@@ -181,7 +181,7 @@ def gelu(input: Moments, approximate: str = "none", *, approximation: Approximat
 
 def _rectified(m: Tensor, v: Tensor, slope: float) -> Matched:
     """Exact moments of max(x, slope x) for slope <= 1, with the cancellation-free ReLU variance."""
-    sd = v.sqrt()
+    sd = root(v)
     a = standardised(m, sd)
     cdf, pdf = normal_cdf(a), normal_pdf(a)
     relu_mean = m * cdf + sd * pdf

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from bayespass.approximation import Approximation
 from bayespass.errors import UnsupportedOp
 from bayespass.moments import Moments, Source, add, apply, as_moments, average, bilinear, move, scale
-from bayespass.rules.attention import weighted_values
+from bayespass.rules.attention import score_noise, weighted_values
 from bayespass.rules.registry import refuse_out, rule
 from bayespass.rules.sharing import after_channels, between, broadcast_noise, weighted
 
@@ -211,7 +211,7 @@ def matmul(input: Any, other: Any, *, out: None = None, approximation: Approxima
     """
     refuse_out(out)
     if isinstance(input, Moments) and input.scores is not None:
-        return weighted_values(input.mean, as_moments(other))
+        return weighted_values(input.mean, as_moments(other), score_noise(input, approximation))
     return _product(as_moments(input), as_moments(plain_weight(other)), approximation)
 
 
@@ -257,7 +257,7 @@ def outer(input: Any, vec2: Any, *, out: None = None) -> Moments:
 
 
 @rule(torch.einsum, knows_shared=True)
-def einsum(equation: str, *operands: Any) -> Moments:
+def einsum(equation: str, *operands: Any, approximation: Approximation) -> Moments:
     """A product and sum over named axes, as in matmul; at most two operands may be random.
 
     Exact for independent entries. When the first random operand is the output of a softmax and the
@@ -288,13 +288,10 @@ def einsum(equation: str, *operands: Any) -> Moments:
 
     if not random:
         return Moments(torch.einsum(equation, *plain))
-    if len(random) == 2 and random[0].scores is not None:
+    if len(random) == len(operands) == 2 and random[0].scores is not None:
         weights, values = random
-        return average(
-            lambda t: contracted(weights.mean, t, squared=False),
-            lambda t: contracted(weights.mean.square(), t, squared=True),
-            values,
-        )
+        noise = score_noise(weights, approximation)
+        return weighted_values(weights.mean, values, noise, lambda p, t: contracted(p, t, squared=False))
     if len(random) == 1:
         mixed = places[0] > 0  # what stands behind a known operand is mixed over positions
         equation, plain, places = _with_one_known_operand(equation, plain, places[0])

@@ -1,17 +1,31 @@
 """Softmax and attention, fused and written out.
 
-Assumption: attention weights are those of the mean scores (`scores="at_mean"`), so that only the
-values carry variance, and values are independent across keys: v_o = P^2 v_V. What this leaves out
-is declared in `Approximation.drops`; see docs/assumptions.md#attention.
+Assumption: values are independent across keys except for what they share, so that known attention
+weights P give v_o = P^2 v_V. What the approximation's field `scores` says of queries and keys:
 
-Written out, the softmax returns the moments of its probabilities together with the variance of
-its scores in `Moments.scores`; the matrix product that follows consumes that slot and gives the
-moments of the fused call. Any other reader of the softmax sees its ordinary variance.
+    "at_mean"  they enter by their means: P = softmax(s), and only values carry variance
+    "random"   their noise moves the weights (second order) and adds variance (first order)
 
-Source: single_pass notes 3.4 (option A0).
+The noise of one query is common to all its keys, and what keys share moves all scores of a query
+alike; softmax does not see either. What is left is the variance of a score around the average score
+of its query, tau_ij = Var(s_ij - sum_l P_il s_il), from which the weights are
+softmax(s + tau / 2): exact to second order, the plain softmax where tau vanishes. The variance of a
+score itself, which is several times tau, would flatten the weights far too much
+(docs/assumptions.md#attention).
+
+Work goes over queries in parts, so that no T x S matrix of a long sequence is kept.
+
+Written out, the softmax returns the moments of its probabilities together with the variance of its
+scores in `Moments.scores`; the matrix product that follows consumes that slot. It no longer knows
+queries and keys: under "at_mean" the moments are those of the fused call, under "random" the weights
+stay at the mean and every score is taken for independent. Any other reader of the softmax sees its
+ordinary variance.
+
+Source: single_pass notes 3.4 (options A0, A1, A3); the centred variance is derived in docs/assumptions.md.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,11 +33,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bayespass.approximation import Approximation
 from bayespass.errors import UnsupportedOp
-from bayespass.moments import Moments, apply, as_moments, average, carry, move
+from bayespass.moments import Moments, apply, as_moments, average, carry, cast, move, total
 from bayespass.rules.registry import Accuracy, refuse_out, rule
 
 LARGEST_SHIFT = 2.0  # of a second-order mean, in nats: beyond it the expansion means nothing
+SCORE_ELEMENTS = 2**23  # scores that are held at once
 
 
 @rule(
@@ -90,19 +106,42 @@ def logsumexp(input: Moments, dim: Any, keepdim: bool = False, *, out: None = No
     return carry(mean + shift, lambda s: summed(p.square() * s), input)
 
 
-def weighted_values(weights: Tensor, values: Moments) -> Moments:
-    """P V for known attention weights: v = P^2 v_V, shared variance through (P sqrt(shared))^2.
+def weighted_values(
+    weights: Tensor,
+    values: Moments,
+    noise: Tensor | None = None,
+    mix: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
+) -> Moments:
+    """P V: v = P^2 v_V + sum_j P_j^2 tau_j ((V_j - o)^2 + v_V), shared variance through (P sqrt(shared))^2.
 
     Args:
         weights: (..., T, S), rows sum to one.
         values: (..., S, D).
+        noise: (..., T, S) variance tau of the scores, independent from key to key; `None` for known weights.
+        mix: how weights meet values, where an einsum wrote it with other axes.
 
-    Exact for weights that are known and values that are independent across keys.
+    Exact for weights that are known and values that are independent across keys; first order in tau.
     """
-    return average(lambda t: weights @ t, lambda t: weights.square() @ t, values)
+    squares = weights.square()
+    result = average(lambda t: mix(weights, t), lambda t: mix(squares, t), values)
+    if noise is None:
+        return result
+    gain = squares * noise
+    o, m = result.mean, values.mean
+    moved = mix(gain, m.square()) - 2 * o * mix(gain, m) + o.square() * mix(gain, torch.ones_like(m))
+    both = apply(lambda v: mix(gain, v), values.var)
+    return Moments(o, total(result.var, moved.clamp(min=0), both), result.shared)
 
 
-@rule(F.scaled_dot_product_attention, knows_shared=True)
+def score_noise(weights: Moments, approximation: Approximation) -> Tensor | None:
+    """The variance of the scores behind the output of a softmax, where the approximation follows it."""
+    return weights.scores if approximation.scores == "random" else None
+
+
+SDPA_ACCURACY = {"at_mean": Accuracy(), "random": Accuracy(0.15, 0.35)}
+
+
+@rule(F.scaled_dot_product_attention, accuracy=SDPA_ACCURACY, depends_on="scores", knows_shared=True)
 def scaled_dot_product_attention(
     query: Any,
     key: Any,
@@ -112,10 +151,13 @@ def scaled_dot_product_attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    *,
+    approximation: Approximation,
 ) -> Moments:
-    """softmax(q k^T scale + mask) V at the mean scores: v_o = P^2 v_V.
+    """softmax(q k^T scale + mask) V; queries and keys as the approximation's `scores` says.
 
-    Exact in the values; query, key and mask enter by their means (declared by the approximation).
+    At the mean scores v_o = P^2 v_V, exact in the values. With random scores, for score sd up to 1,
+    the bounds (mean in output sd, variance relative) are 0.15 and 0.35.
 
     Args:
         query: (..., H, T, E).
@@ -126,6 +168,7 @@ def scaled_dot_product_attention(
         is_causal: mask the future.
         scale: factor of the scores, by default 1/sqrt(E).
         enable_gqa: let several query heads read one key and value head.
+        approximation: its field `scores`.
 
     Raises:
         UnsupportedOp: dropout.
@@ -133,28 +176,112 @@ def scaled_dot_product_attention(
     if dropout_p:
         msg = "no Gaussian rule for attention dropout; call model.eval() before predicting"
         raise UnsupportedOp(msg)
-    q, k, values = as_moments(query).mean, as_moments(key).mean, as_moments(value)
+    q, k, values = as_moments(query), as_moments(key), as_moments(value)
     mask = None if attn_mask is None else as_moments(attn_mask).mean
-    if values.var is None:
-        v = values.mean
-        return Moments(
-            F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
-        )
+    if approximation.scores == "at_mean" or (q.var is None and k.var is None):
+        q, k = Moments(q.mean), Moments(k.mean)
+        if values.var is None:
+            v = values.mean
+            return Moments(
+                F.scaled_dot_product_attention(
+                    q.mean, k.mean, v, mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+                )
+            )
     if enable_gqa:
-        groups = q.shape[-3] // k.shape[-3]
-        k = k.repeat_interleave(groups, -3)
-        values = move(Tensor.repeat_interleave, values, groups, -3)
-    return weighted_values(attention_weights(q, k, mask, is_causal, scale), values)
+        groups = q.mean.shape[-3] // k.mean.shape[-3]
+        k, values = (move(Tensor.repeat_interleave, x, groups, -3) for x in (k, values))
+    return attend(q, k, values, mask, is_causal, scale)
 
 
-def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None) -> Tensor:
-    """softmax(q k^T scale + mask); a row that sees no key has zero weights."""
-    scores = q @ k.transpose(-2, -1) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
-    if is_causal:
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-        scores = scores.masked_fill(future, -torch.inf)
+def attend(
+    q: Moments, k: Moments, values: Moments, mask: Tensor | None, is_causal: bool, scale: float | None
+) -> Moments:
+    """softmax(q k^T scale + mask) V, a part of the queries at a time; q and k count as far as they have variance.
+
+    Args:
+        q: (..., T, E).
+        k: (..., S, E).
+        values: (..., S, D).
+        mask: boolean or additive, broadcastable to (..., T, S).
+        is_causal: mask the future.
+        scale: factor of the scores, by default 1/sqrt(E).
+    """
+    dtype = values.mean.dtype
+    if dtype in (torch.float16, torch.bfloat16):  # the variance of a score is a small difference
+        q, k, values = (cast(x, torch.float32) for x in (q, k, values))
+    factor = 1 / math.sqrt(q.mean.shape[-1]) if scale is None else scale
+    n_queries = q.mean.shape[-2]
+    per_query = q.mean[..., 0, 0].numel() * k.mean.shape[-2]
+    size = n_queries if torch.compiler.is_compiling() else max(1, SCORE_ELEMENTS // max(1, per_query))
+    parts = []
+    for start in range(0, n_queries, max(1, size)):
+        part = move(Tensor.narrow, q, -2, start, min(size, n_queries - start))
+        seen = mask if mask is None or mask.dim() < 2 or mask.shape[-2] == 1 else mask[..., start : start + size, :]
+        scores = masked_scores(part.mean, k.mean, seen, start if is_causal else None, factor)
+        parts.append(_attended(part, k, values, scores, factor))
+    return cast(parts[0] if len(parts) == 1 else _joined(parts), dtype)
+
+
+def _joined(parts: list[Moments]) -> Moments:
+    """The parts of the queries together again; all have the same fields."""
+
+    def whole(field: str) -> Tensor | None:
+        found = [getattr(part, field) for part in parts]
+        return None if found[0] is None else torch.cat(found, -2)
+
+    return Moments(torch.cat([part.mean for part in parts], -2), whole("var"), whole("shared"))
+
+
+def _attended(q: Moments, k: Moments, values: Moments, scores: Tensor, scale: float) -> Moments:
+    """The attention of some queries, (..., T, S) scores at the mean given."""
+    p = weights_of(scores)
+    of_query, of_key = _centred_noise(q, k, p, scale)
+    if of_query is None and of_key is None:
+        return weighted_values(p, values)
+    shift = total(of_query, None if of_key is None else of_key * (1 - 2 * p))
+    assert shift is not None
+    p = weights_of(scores + (shift / 2).clamp(max=LARGEST_SHIFT))
+    result = weighted_values(p, values, total(of_query, of_key))
+    if q.shared is None or q.var is None or result.var is None:
+        return result
+    # What queries share moves the outputs of all positions: the same part of what the query's noise adds.
+    moved = weighted_values(p, Moments(values.mean), of_query).var
+    part = q.shared.sum(-1, keepdim=True) / q.var.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
+    shared = total(result.shared, None if moved is None else moved * part)
+    return Moments(result.mean, result.var, None if shared is None else torch.minimum(shared, result.var))
+
+
+def _centred_noise(q: Moments, k: Moments, p: Tensor, scale: float) -> tuple[Tensor | None, Tensor | None]:
+    """Variance of every score around the average of its query, from the query's noise and from the keys' own.
+
+    tau^q_ij = scale^2 sum_c v_q,ic (k_jc - kbar_ic)^2 with kbar_i = sum_j P_ij k_j, and
+    tau^k_ij = scale^2 sum_c (q_ic^2 + v_q,ic) (v_k,jc - shared_k,jc).
+    """
+    of_query = of_key = None
+    if q.var is not None:
+        centre = p @ k.mean
+        weighted = q.var * centre
+        constant = (weighted * centre).sum(-1, keepdim=True)
+        of_query = q.var @ k.mean.square().mT - 2 * weighted @ k.mean.mT + constant
+        of_query = of_query.clamp(min=0) * scale**2
+    if k.var is not None:
+        own = k.var if k.shared is None else (k.var - k.shared).clamp(min=0)
+        squares = q.mean.square() if q.var is None else q.mean.square() + q.var
+        of_key = (squares @ own.mT) * scale**2
+    return of_query, of_key
+
+
+def masked_scores(q: Tensor, k: Tensor, mask: Tensor | None, first: int | None, scale: float) -> Tensor:
+    """q k^T scale + mask, -inf where a query does not look; `first` is the place of the first query if causal."""
+    scores = q @ k.mT * scale
+    if first is not None:
+        places = torch.arange(first, first + scores.shape[-2], device=scores.device).unsqueeze(-1)
+        scores = scores.masked_fill(torch.arange(scores.shape[-1], device=scores.device) > places, -torch.inf)
     if mask is None:
-        return torch.softmax(scores, -1)
-    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    blind = scores.isneginf().all(-1, keepdim=True)
-    return torch.softmax(scores, -1).masked_fill(blind, 0)
+        return scores
+    return scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+
+
+def weights_of(scores: Tensor) -> Tensor:
+    """softmax over keys; a query that sees no key has zero weights."""
+    return torch.softmax(scores, -1).masked_fill(scores.isneginf().all(-1, keepdim=True), 0)

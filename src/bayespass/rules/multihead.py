@@ -4,6 +4,7 @@ Assumption: as in `attention.py`. PyTorch's fast paths check for tensor subclass
 so attention and the encoder layers built on it always come here.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -14,12 +15,12 @@ from bayespass.approximation import Approximation
 from bayespass.errors import UnsupportedOp
 from bayespass.moments import Moments, apply, as_moments, move
 from bayespass.rules.affine import linear
-from bayespass.rules.attention import attention_weights, weighted_values
+from bayespass.rules.attention import SDPA_ACCURACY, attend, masked_scores, weights_of
 from bayespass.rules.placing import cat
 from bayespass.rules.registry import rule
 
 
-@rule(F.multi_head_attention_forward, knows_shared=True)
+@rule(F.multi_head_attention_forward, accuracy=SDPA_ACCURACY, depends_on="scores", knows_shared=True)
 def multi_head_attention_forward(
     query: Any,
     key: Any,
@@ -49,10 +50,10 @@ def multi_head_attention_forward(
     *,
     approximation: Approximation,
 ) -> tuple[Moments, Tensor | None]:
-    """Projections, attention at the mean scores over values, output projection.
+    """Projections, attention as the approximation's `scores` says, output projection.
 
-    Exact in the values. Takes (T, B, E) or (T, E); the returned weights are those of the mean
-    scores and carry no variance.
+    At the mean scores exact in the values; with random scores within 0.15 and 0.35. Takes (T, B, E)
+    or (T, E); the returned weights are those of the mean scores and carry no variance.
 
     Raises:
         UnsupportedOp: attention dropout, or given keys and values.
@@ -83,12 +84,18 @@ def multi_head_attention_forward(
         return move(lambda t: t.reshape(batch, -1, num_heads, t.shape[-1] // num_heads).transpose(1, 2), x)
 
     scores_mask = _joined(mask, padding, q.mean.dtype)
-    p = attention_weights(heads(q).mean, heads(k).mean, scores_mask, is_causal and scores_mask is None, None)
-    mixed = move(lambda t: t.transpose(1, 2).reshape(batch, tokens, -1), weighted_values(p, heads(v)))
+    causal = is_causal and scores_mask is None
+    q, k, v = heads(q), heads(k), heads(v)
+    if approximation.scores == "at_mean":
+        q, k = Moments(q.mean), Moments(k.mean)
+    mixed = attend(q, k, v, scores_mask, causal, None)
+    mixed = move(lambda t: t.transpose(1, 2).reshape(batch, tokens, -1), mixed)
     out = linear(mixed, out_proj_weight, out_proj_bias, approximation=approximation)
     out = move(Tensor.transpose, out, 0, 1) if batched else move(Tensor.squeeze, out, 0)
     if not need_weights:
         return out, None
+    scale = 1 / math.sqrt(q.mean.shape[-1])
+    p = weights_of(masked_scores(q.mean, k.mean, scores_mask, 0 if causal else None, scale))
     shown = p.mean(1) if average_attn_weights else p
     return out, shown if batched else shown[0]
 

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from bayespass.approximation import Approximation
 from bayespass.errors import UnsupportedOp
-from bayespass.moments import Moments, add, as_moments, carry, in_float32, move, scale
+from bayespass.moments import Moments, add, as_moments, carry, in_float32, move, root, scale
 from bayespass.rules.arithmetic import random_gain
 from bayespass.rules.registry import Accuracy, refuse_out, rule
 from bayespass.rules.sharing import broadcast_noise
@@ -228,7 +228,7 @@ def _group_share(x: Moments, normed: Moments) -> Tensor:
     assert x.shared is not None
     assert normed.var is not None
     assert x.var is not None
-    g = x.shared.sqrt()
+    g = root(x.shared)
     level = g.mean(-1, keepdim=True)
     k = x.mean.shape[-2]
     common = level.square().sum(-2, keepdim=True) / k**2

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from bayespass.approximation import Approximation
 from bayespass.errors import UnsupportedOp
-from bayespass.moments import Moments, apply, average, in_float32, move
+from bayespass.moments import Moments, apply, average, in_float32, move, root
 from bayespass.rules.activation import normal_cdf, normal_pdf, standardised
 from bayespass.rules.placing import stack
 from bayespass.rules.pointwise import maximum
@@ -210,7 +210,7 @@ def _windowed_maximum(
 
     assert x.var is not None
     means, variances = windows(x.mean), windows(x.var)
-    common = [None] * len(means) if x.shared is None else windows(x.shared.expand_as(x.mean).sqrt())
+    common = [None] * len(means) if x.shared is None else windows(root(x.shared.expand_as(x.mean)))
     inside = (
         [w > 0 for w in windows(torch.ones_like(x.mean[..., :1, :, :]))]
         if ph or pw or bottom or right
@@ -236,7 +236,7 @@ def amax(
         found = move(lambda t: t.gather(-1, where).squeeze(-1), flat)
     else:
         means, variances = flat.mean.unbind(-1), flat.var.unbind(-1)
-        common = [None] * len(means) if flat.shared is None else list(flat.shared.sqrt().unbind(-1))
+        common = [None] * len(means) if flat.shared is None else list(root(flat.shared).unbind(-1))
         found = largest([(m, v, g, None) for m, v, g in zip(means, variances, common, strict=True)])
     shape = torch.amax(input.mean, axes, keepdim=keepdim).shape
     return move(Tensor.reshape, found, shape)
@@ -354,7 +354,7 @@ def _maximum(a: Entry, b: Entry) -> Entry:
     """
     (m1, v1, g1, valid1), (m2, v2, g2, valid2) = a, b
     gap = m1 - m2
-    spread = (v1 + v2 if g1 is None or g2 is None else (v1 + v2 - 2 * g1 * g2).clamp(min=0)).sqrt()
+    spread = root(v1 + v2 if g1 is None or g2 is None else v1 + v2 - 2 * g1 * g2)
     alpha = standardised(gap, spread)
     p, tail = normal_cdf(alpha), spread * normal_pdf(alpha)
     q = 1 - p

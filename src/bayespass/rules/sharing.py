@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bayespass.approximation import Approximation
-from bayespass.moments import Moments, as_moments, bilinear, total
+from bayespass.moments import Moments, as_moments, bilinear, root, total
 
 Bilinear = Callable[[Tensor, Tensor], Tensor]
 
@@ -54,7 +54,7 @@ def weighted(
     result = bilinear(operation, Moments(x.mean, x.var), weight)
     if approximation.shared == "ignore" or result.var is None:
         return result
-    g = None if x.shared is None else x.shared.expand_as(x.mean).sqrt()
+    g = None if x.shared is None else root(x.shared.expand_as(x.mean))
     from_weight = from_input = None
     if weight.var is not None:
         alike = x.mean * _centre(x.mean, axes)

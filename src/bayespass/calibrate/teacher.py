@@ -1,0 +1,166 @@
+"""The Monte-Carlo teacher of a distillation: output moments and probabilities of unlabelled inputs.
+
+Every group of rows has draws of its own, so that what a small number of draws gets wrong averages
+out over groups instead of being learned. Where a draw's mirror image is as likely as the draw, both
+are used: terms of odd order in the weight noise then cancel exactly in the mean, which halves its
+error at the same cost (measured on a vision transformer of digits at 100 draws).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from bayespass.batches import batch_size, call_arguments, model_output
+from bayespass.curvature.forms import is_symmetric
+from bayespass.posterior.base import Posterior
+from bayespass.predict.sampling import in_single_precision
+from bayespass.predict.snapshot import place, snapshot
+
+
+@dataclass(frozen=True)
+class Taught:
+    """A group of rows and what Monte Carlo says of them.
+
+    Args:
+        inputs: as the model takes them.
+        mean: (R, C) of the outputs, R rows and positions.
+        variance: (R, C), unbiased.
+        probs: (R, C) averaged class probabilities; None for regression.
+    """
+
+    inputs: Any
+    mean: Tensor
+    variance: Tensor
+    probs: Tensor | None
+
+
+class Teacher:
+    """Monte-Carlo moments of a model's output under a posterior.
+
+    Args:
+        model: in eval mode; it is copied.
+        posterior: over any subset of its parameters.
+        n_samples: draws, at least 10; half as many and their mirror images where those are draws too.
+    """
+
+    def __init__(self, model: nn.Module, posterior: Posterior, n_samples: int) -> None:
+        self.model = snapshot(model, posterior)
+        self.posterior = posterior
+        self.mirrored = is_symmetric(posterior)
+        self.n_draws = n_samples // 2 if self.mirrored else n_samples
+
+    def taught(self, inputs: Any, seed: int) -> Taught:
+        """The teacher's answer for one group of rows.
+
+        Args:
+            inputs: of the group.
+            seed: of its draws.
+        """
+        classifies = self.posterior.info.likelihood == "classification"
+        args, kwargs = call_arguments(inputs)
+        count, mean, square, odd_square, probs = 0, None, torch.zeros(()), torch.zeros(()), None
+        with torch.no_grad():
+            for outputs in self._draws(args, kwargs, seed):
+                count += 1
+                even = torch.stack(outputs).mean(0)
+                odd_square = odd_square.to(even.device) + (outputs[0] - even).square()
+                found = torch.stack(outputs).softmax(-1).mean(0) if classifies else None
+                if mean is None:
+                    mean, square, probs = even, torch.zeros_like(even), found
+                    continue
+                gap = even - mean
+                mean = mean + gap / count
+                square = square + gap * (even - mean)
+                if probs is not None and found is not None:
+                    probs = probs + (found - probs) / count
+        assert mean is not None
+        # Of a pair (z+, z-): half the difference has mean zero, half the sum is independent of it.
+        variance = square / (count - 1) + odd_square / count
+        return Taught(inputs, output_rows(mean), output_rows(variance), None if probs is None else output_rows(probs))
+
+    def _draws(self, args: Any, kwargs: Any, seed: int) -> Iterator[list[Tensor]]:
+        """The output under every draw, with that under its mirror image where there is one."""
+
+        def output(weights: dict[str, Tensor]) -> Tensor:
+            found = model_output(functional_call(self.model, place(weights, self.model), args, kwargs))
+            return in_single_precision(found)
+
+        for draw in self.posterior.sample(self.n_draws, seed):
+            outputs = [output(draw)]
+            if self.mirrored:
+                outputs.append(output({name: 2 * self.posterior.mean[name] - value for name, value in draw.items()}))
+            yield outputs
+
+
+def output_rows(values: Tensor) -> Tensor:
+    """(R, C): every row and position of an output (..., C); (R, 1) of a vector."""
+    return values.flatten(0, -2) if values.dim() > 1 else values.reshape(-1, 1)
+
+
+def joined(groups: list[Taught]) -> Taught:
+    """What the teacher says of all groups, without their inputs."""
+    probs = [group.probs for group in groups if group.probs is not None]
+    mean, variance = (torch.cat(parts) for parts in zip(*((g.mean, g.variance) for g in groups), strict=True))
+    return Taught(None, mean, variance, torch.cat(probs) if probs else None)
+
+
+def distance(found: tuple[Tensor, Tensor, Tensor | None], truth: Taught) -> Tensor:
+    """(R,) how far an answer is from the teacher's, in nats: KL of probabilities plus mean KL of output Gaussians.
+
+    Args:
+        found: mean and variance (R, C) of the outputs, and class probabilities where there are any.
+        truth: the teacher's.
+    """
+    mean, variance, probs = found
+    rounding = (8 * torch.finfo(mean.dtype).eps * truth.mean).square()
+    random = truth.variance > rounding.clamp(min=torch.finfo(mean.dtype).tiny)
+    true = torch.where(random, truth.variance, variance.detach())
+    ratio = true / variance
+    divergence = 0.5 * (ratio - 1 - ratio.log() + (truth.mean - mean).square() / variance)
+    loss = torch.where(random, divergence, 0.0).mean(-1)
+    if truth.probs is None or probs is None:
+        return loss
+    tiny = torch.finfo(probs.dtype).tiny
+    return loss + (truth.probs * (truth.probs.clamp(min=tiny).log() - probs.clamp(min=tiny).log())).sum(-1)
+
+
+def split_rows(batches: list[Any], share: float, generator: torch.Generator) -> tuple[list[Any], list[Any]]:
+    """The rows of all batches, some of them set apart at random.
+
+    Args:
+        batches: inputs, with rows along the leading axis of every tensor.
+        share: of the rows that are set apart, at least two.
+        generator: of the choice.
+
+    Returns:
+        batches of what remains, and of the rows set apart.
+    """
+    sizes = [batch_size(batch) for batch in batches]
+    order = torch.randperm(sum(sizes), generator=generator)
+    apart = torch.zeros(len(order), dtype=torch.bool)
+    apart[order[: max(2, round(share * len(order)))]] = True
+    kept, held_out = [], []
+    for batch, chosen in zip(batches, apart.split(sizes), strict=True):
+        for rows, part in ((~chosen, kept), (chosen, held_out)):
+            if rows.any():
+                part.append(_rows(batch, rows.nonzero().squeeze(1)))
+    return kept, held_out
+
+
+def groups_of(batches: list[Any], size: int) -> list[Any]:
+    """The batches in parts of at most `size` rows."""
+    return [
+        _rows(batch, torch.arange(n)[start : start + size])
+        for batch in batches
+        for n in [batch_size(batch)]
+        for start in range(0, n, size)
+    ]
+
+
+def _rows(inputs: Any, rows: Tensor) -> Any:
+    return pytree.tree_map(lambda t: t[rows.to(t.device)] if isinstance(t, Tensor) else t, inputs)

@@ -1,0 +1,161 @@
+"""Attention with random queries and keys: second order in the mean, first order in the variance."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.func import jacrev
+from torch.nn import functional as F
+
+import bayespass.rules  # noqa: F401  registers every rule
+from bayespass.approximation import CVP, FAITHFUL
+from bayespass.moments import Moments
+from bayespass.rules import attention
+from bayespass.testing import check_rule
+from bayespass.testing.rule_checks import through_dispatch
+
+
+def tensors(seed, *shapes, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
+
+
+def attended(q, k, v, *args, approximation=FAITHFUL, **kwargs):
+    return through_dispatch(F.scaled_dot_product_attention, (q, k, v, *args), kwargs, approximation)
+
+
+@pytest.mark.parametrize("sd", [0.2, 0.5])
+@pytest.mark.parametrize("n_keys", [3, 12])
+def test_moments_match_monte_carlo(n_keys, sd):
+    q, k, v = tensors(0, (2, 5, 8), (2, n_keys, 8), (2, n_keys, 6))
+    noisy = (Moments(t, sd**2 * torch.rand_like(t)) for t in (q, k, v))
+    check_rule(F.scaled_dot_product_attention, *noisy, approximation=FAITHFUL)
+
+
+def test_mean_is_exact_to_second_order():
+    """Mean(t) for noise of variance t v grows as t / 2 times the trace of the Hessian, per entry of q and k."""
+    q, k, v, vq, vk = tensors(1, (4, 3), (5, 3), (5, 2), (4, 3), (5, 3))
+    vq, vk, small = vq.square(), vk.square(), 1e-6
+
+    def output(q, k):
+        return torch.softmax(q @ k.T / math.sqrt(3), -1) @ v
+
+    second = torch.zeros(4, 2, dtype=torch.float64)
+    for variance, argument in ((vq, 0), (vk, 1)):
+        rows = jacrev(jacrev(output, argument), argument)(q, k).flatten(4).flatten(2, 3)  # (4, 2, n, n)
+        second += rows.diagonal(dim1=-2, dim2=-1) @ variance.flatten() / 2
+    mean = attended(Moments(q, small * vq), Moments(k, small * vk), v).mean
+    torch.testing.assert_close((mean - output(q, k)) / small, second, rtol=1e-4, atol=1e-6)
+
+
+def test_noise_that_all_keys_share_changes_nothing():
+    q, k, v = tensors(2, (4, 3), (5, 3), (5, 2))
+    common = torch.ones_like(k)
+    result = attended(q, Moments(k, common, common), Moments(v, torch.ones_like(v)))
+    plain = attended(q, k, Moments(v, torch.ones_like(v)))
+    torch.testing.assert_close(result.mean, plain.mean)
+    torch.testing.assert_close(result.var, plain.var)
+
+
+def test_queries_are_worked_on_in_parts(monkeypatch):
+    q, k, v, mask = tensors(3, (2, 3, 7, 4), (2, 3, 7, 4), (2, 3, 7, 5), (7, 7))
+    noisy = [Moments(t, torch.rand_like(t), torch.rand_like(t) / 4) for t in (q, k, v)]
+    noisy = [Moments(x.mean, x.var + x.shared, x.shared) for x in noisy]
+    for arguments in ({"is_causal": True}, {"attn_mask": mask}, {"attn_mask": mask > 0}, {"attn_mask": mask[:1]}):
+        whole = attended(*noisy, **arguments)
+        with monkeypatch.context() as patch:
+            patch.setattr(attention, "SCORE_ELEMENTS", 2 * 7 * 6)
+            parts = attended(*noisy, **arguments)
+        for name in ("mean", "var", "shared"):
+            torch.testing.assert_close(getattr(parts, name), getattr(whole, name))
+
+
+def test_a_query_that_sees_no_key_is_zero():
+    q, k, v = (Moments(t, torch.ones_like(t)) for t in tensors(4, (3, 4), (3, 4), (3, 2)))
+    seen = torch.tensor([[True, False, True], [False, False, False], [True, True, True]])
+    result = attended(q, k, v, seen)
+    assert torch.isfinite(result.mean).all()
+    assert torch.equal(result.mean[1], torch.zeros(2, dtype=torch.float64))
+    assert torch.equal(result.var[1], torch.zeros(2, dtype=torch.float64))
+
+
+def test_huge_variance_stays_an_average_of_values():
+    q, k, v = tensors(5, (6, 4), (7, 4), (7, 3))
+    result = attended(Moments(q, torch.full_like(q, 1e6)), Moments(k, torch.full_like(k, 1e6)), v)
+    assert torch.isfinite(result.var).all()
+    assert (result.mean <= v.amax(0) + 1e-9).all()
+    assert (result.mean >= v.amin(0) - 1e-9).all()
+
+
+def test_known_values_are_random_through_the_weights():
+    q, k, v = tensors(6, (2, 4), (5, 4), (5, 3))
+    result = attended(Moments(q, torch.full_like(q, 0.1)), k, v)
+    assert (result.var > 0).all()
+    assert isinstance(attended(Moments(q, torch.full_like(q, 0.1)), k, v, approximation=CVP), torch.Tensor)
+
+
+def test_half_precision_is_computed_in_single():
+    q, k, v = tensors(7, (4, 8), (6, 8), (6, 3), dtype=torch.float32)
+    noisy = [Moments(t, torch.full_like(t, 0.01)) for t in (q, k, v)]
+    exact = attended(*noisy)
+    half = attended(*(Moments(x.mean.bfloat16(), x.var.bfloat16()) for x in noisy))
+    assert half.mean.dtype == half.var.dtype == torch.bfloat16
+    torch.testing.assert_close(half.var.float(), exact.var, rtol=0.05, atol=1e-4)
+
+
+def test_grouped_queries_share_a_key_head():
+    q, k, v = tensors(8, (2, 4, 5, 3), (2, 2, 6, 3), (2, 2, 6, 3))
+    noisy = [Moments(t, torch.rand_like(t)) for t in (q, k, v)]
+    grouped = attended(*noisy, enable_gqa=True)
+    repeated = [Moments(x.mean.repeat_interleave(2, -3), x.var.repeat_interleave(2, -3)) for x in noisy[1:]]
+    torch.testing.assert_close(grouped.var, attended(noisy[0], *repeated).var)
+
+
+def test_written_out_attention_keeps_the_mean_weights_and_adds_the_scores_variance():
+    q, k, v = tensors(9, (4, 8), (6, 8), (6, 3))
+    noisy = [Moments(t, torch.full_like(t, 0.1)) for t in (q, k, v)]
+
+    def written(q, k, v):
+        return torch.softmax(q @ k.mT / math.sqrt(8), -1) @ v
+
+    def by_einsum(q, k, v):
+        return torch.einsum("ts,sd->td", torch.softmax(q @ k.mT / math.sqrt(8), -1), v)
+
+    known = through_dispatch(written, noisy, {}, CVP)
+    random = through_dispatch(written, noisy, {}, FAITHFUL)
+    torch.testing.assert_close(random.mean, known.mean)
+    assert (random.var > known.var).all()
+    torch.testing.assert_close(through_dispatch(by_einsum, noisy, {}, FAITHFUL).var, random.var)
+
+
+def test_multihead_attention_is_the_fused_call_between_its_projections():
+    torch.manual_seed(10)
+    layer = nn.MultiheadAttention(8, 2, batch_first=True).double().eval()
+    (x,) = tensors(10, (3, 5, 8))
+    noisy = Moments(x, torch.full_like(x, 0.05))
+
+    def by_hand(x):
+        parts = F.linear(x, layer.in_proj_weight, layer.in_proj_bias).chunk(3, -1)
+        q, k, v = (t.reshape(3, 5, 2, 4).transpose(1, 2) for t in parts)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(3, 5, 8)
+        return layer.out_proj(mixed)
+
+    whole = through_dispatch(lambda x: layer(x, x, x, need_weights=False)[0], (noisy,), {}, FAITHFUL)
+    parts = through_dispatch(by_hand, (noisy,), {}, FAITHFUL)
+    torch.testing.assert_close(whole.mean, parts.mean)
+    torch.testing.assert_close(whole.var, parts.var)
+
+
+def test_gradients_reach_means_and_variances():
+    q, k, v = tensors(11, (2, 4, 3), (2, 5, 3), (2, 5, 3))
+    variances = [0.1 + t.square() / 4 for t in (q, k, v)]
+
+    def moments(*fields):
+        found = attention.attend(
+            *(Moments(m, s) for m, s in zip(fields[:3], fields[3:], strict=True)), None, True, None
+        )
+        return found.mean, found.var
+
+    fields = [t.clone().requires_grad_() for t in (q, k, v, *variances)]
+    assert torch.autograd.gradcheck(moments, fields)
