@@ -140,10 +140,10 @@ def test_every_method_ends_in_a_posterior_that_compare_reads(project, tmp_path, 
     words = log["next"].split()
     assert words[:2] == ["bayespass", "compare"]
     compared = tmp_path / "compared.json"
-    extra = ["--predictors", "map,cvp", "--reference", "16", "--quiet", "--output", str(compared)]
+    extra = ["--predictors", "map,faithful", "--reference", "16", "--quiet", "--output", str(compared)]
     assert CliRunner().invoke(app, [*words[1:], *extra]).exit_code == 0
     rows = {row["predictor"]: row["scores"] for row in json.loads(compared.read_text())["rows"]}
-    for name, ours in (("map", "map"), ("cvp", "single_pass"), ("mc16", "mc16")):
+    for name, ours in (("map", "map"), ("faithful", "single_pass"), ("mc16", "mc16")):
         assert rows[name]["nll"]["value"] == pytest.approx(log["validation"][ours]["nll"]["value"], rel=1e-4)
 
 
@@ -367,7 +367,7 @@ def test_a_vision_folder_with_its_own_processor(vision_folder, project, tmp_path
     assert log["start"] == "trained"
     words = log["next"].split()[1:]
     assert words[1] == str(out / "model")
-    extra = ["--predictors", "map,cvp", "--reference", "16", "--quiet", "--output", str(tmp_path / "c.json")]
+    extra = ["--predictors", "map,faithful", "--reference", "16", "--quiet", "--output", str(tmp_path / "c.json")]
     assert CliRunner().invoke(app, [*words, *extra]).exit_code == 0
     rows = json.loads((tmp_path / "c.json").read_text())["rows"]
     assert rows[1]["scores"]["nll"]["value"] == pytest.approx(

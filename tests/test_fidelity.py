@@ -160,7 +160,7 @@ def test_a_cell_from_training_to_the_page(store, tmp_path, monkeypatch):
     assert reference.draws.shape == (32, 160, CLASSES)
     assert not torch.equal(reference.draws[0], reference.further[0])
     monkeypatch.setattr(fidelity, "Store", lambda *given: store)
-    asked = Namespace(tasks=["small"], seeds=[0, 1], kinds=["ivon", "laplace"], data=Path(), smoke=False)
+    asked = Namespace(tasks=["small"], seeds=[0, 1], kinds=["ivon", "laplace"], scales=None, data=Path(), smoke=False)
     rows, resamples = fidelity.gather(asked)
     assert {row["predictor"] for row in rows} >= {"map", "cvp", "shared", "last_layer_laplace", "mc16", "mc"}
     assert {row["test"] for row in rows} == {"test", "shift"}

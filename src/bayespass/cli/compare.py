@@ -36,7 +36,7 @@ class Rows(StrEnum):
 
 RowsOption = Annotated[Rows, typer.Option("--rows", help="validation: only rows that `bayespass fit` held out.")]
 Predictors = Annotated[
-    str, typer.Option(help="Comma-separated: map, mcS, streamlined, cvp, shared, or NAME_uncalibrated.")
+    str, typer.Option(help="Comma-separated: map, mcS, streamlined, cvp, shared, faithful, or NAME_uncalibrated.")
 ]
 Reference = Annotated[int, typer.Option(min=2, help="Weight samples of the Monte-Carlo reference.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows per batch; costs are measured on one batch.")]
@@ -50,7 +50,7 @@ def compare_command(
     posterior: PosteriorFile,
     data: Data,
     weights: Weights = None,
-    predictors: Predictors = "map,mc4,mc16,mc64,streamlined,cvp",
+    predictors: Predictors = "map,mc4,mc16,mc64,streamlined,cvp,faithful",
     reference: Reference = 200,
     batch_size: BatchSize = 256,
     output: Output = None,

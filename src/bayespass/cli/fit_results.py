@@ -30,7 +30,7 @@ CALIBRATION_ROWS, CALIBRATION_BATCH = 256, 64
 DRAWS = 16
 LABELS = {
     "map": "mean network",
-    "single_pass": "single pass (CVP)",
+    "single_pass": "single pass",
     "linearised": "linearised network",
 }
 LINEARISED = ("laplace", "null_space", "ridge_null")  # posteriors of the linearised network

@@ -16,7 +16,7 @@ PosteriorFile = Annotated[
     Path | None,
     typer.Option("--posterior", help="Posterior file; without one every parameter that is trained counts as random."),
 ]
-ApproximationName = Annotated[str, typer.Option(help="cvp, streamlined or shared.")]
+ApproximationName = Annotated[str, typer.Option(help="faithful, cvp, shared or streamlined.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 ShowAll = Annotated[bool, typer.Option("--all", help="Every module in a line of its own, repeated blocks too.")]
 
@@ -25,7 +25,7 @@ def inspect_command(
     model: Model,
     inputs: Inputs = None,
     posterior: PosteriorFile = None,
-    approximation: ApproximationName = "cvp",
+    approximation: ApproximationName = "faithful",
     weights: Weights = None,
     json: AsJson = False,
     show_all: ShowAll = False,

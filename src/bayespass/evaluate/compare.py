@@ -32,7 +32,7 @@ from bayespass.predict.sampling import MeanNetwork, MonteCarlo, prediction_from_
 from bayespass.prediction import ClassificationPrediction, Prediction
 from bayespass.progress import track
 
-DEFAULT_PREDICTORS = ("map", "mc4", "mc16", "mc64", "streamlined", "cvp")
+DEFAULT_PREDICTORS = ("map", "mc4", "mc16", "mc64", "streamlined", "cvp", "faithful")
 UNCALIBRATED = "_uncalibrated"
 MAX_DRAWS_BYTES = 4 * 2**30
 TIMING_SECONDS = 1.0  # spent on each predictor's cost, as far as one run allows
@@ -120,7 +120,7 @@ def compare(
         model: in eval mode.
         posterior: over any subset of its parameters.
         loader: yields (inputs, targets).
-        predictors: "map", "linearised", "mcS" for S draws, an approximation's name ("streamlined", "cvp"; with
+        predictors: "map", "linearised", "mcS" for S draws, an approximation's name ("faithful", "cvp"; with
             its scales if given), or that name with "_uncalibrated" for the same without scales.
         scales: fitted `VarianceScales` by approximation name.
         n_reference: draws R of the Monte-Carlo reference. `mcS` rows are means over its disjoint
