@@ -1,6 +1,6 @@
 """Fidelity: from one posterior, how close does each predictor come to Monte Carlo, and how much of its gain is kept.
 
-    python benchmarks/fidelity.py [--tasks ...] [--seeds 0 1 2] [--stage reference|predict|all] [--again NAME ...]
+    python benchmarks/fidelity.py [--tasks ...] [--seeds 0 1 2] [--stage reference|predict|summary|all] [--again NAME]
 
 writes benchmarks/results/fidelity.json, from which fidelity_pages.py makes docs/fidelity.md. A cell is a task, a
 kind of posterior ("ivon" or "laplace"), a scale of its variance and a seed. Two stages, both resumable, with
@@ -12,7 +12,7 @@ tasks alone (fidelity_tasks.py says what their files go by) and is the dear part
 
 `predict` runs every predictor of fidelity_predictors.py that a cell lacks, on networks and posteriors as they were
 kept, and compares all with Monte Carlo (fidelity_measure.py). A new predictor is one line there and costs its own
-time alone; a change of the library asks for `--again NAME ...`.
+time alone; a change of the library asks for `--again NAME ...`. `summary` only writes the result.
 
 Tasks and how their settings were chosen: fidelity_digits.py, fidelity_numbers.py, fidelity_fashion.py,
 fidelity_pretrained.py; posteriors: fidelity_cases.py. `--smoke` takes few rows and short runs, to see that
@@ -120,11 +120,12 @@ def predict_all(arguments: argparse.Namespace) -> int:
 
 
 def gather(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Path]]:
-    """The rows of every measured cell, and where their resamples are."""
+    """The rows of the settings whose seeds are all measured, and where their resamples are."""
     store, rows, resamples = Store(arguments.data, arguments.smoke), [], {}
-    for cell in cells(arguments):
-        path = store.path("cells", cell, ".json")
-        if path.is_file():
+    found = {cell: store.path("cells", cell, ".json") for cell in cells(arguments)}
+    short = {(cell.task, cell.kind, cell.scale) for cell, path in found.items() if not path.is_file()}
+    for cell, path in found.items():
+        if (cell.task, cell.kind, cell.scale) not in short:
             rows += json.loads(path.read_text(encoding="utf-8"))["rows"]
             resamples[cell.name] = path.with_suffix(".npz")
     return rows, resamples
@@ -138,15 +139,15 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--scales", type=float, nargs="+", help="of the posterior's variance; all of a task's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--stage", choices=("reference", "predict", "all"), default="all")
+    parser.add_argument("--stage", choices=("reference", "predict", "summary", "all"), default="all")
     parser.add_argument("--again", nargs="+", choices=list(PREDICTORS), default=[], help="predictors to run anew")
     parser.add_argument("--workers", type=int, default=2, help="cells at once, one thread each")
     parser.add_argument("--smoke", action="store_true", help="few rows and short runs")
     arguments = parser.parse_args()
-    failed = 0 if arguments.stage == "predict" else make_references(arguments)
+    failed = make_references(arguments) if arguments.stage in ("reference", "all") else 0
     if arguments.stage == "reference":
         sys.exit(failed > 0)
-    failed += predict_all(arguments)
+    failed += predict_all(arguments) if arguments.stage in ("predict", "all") else 0
     rows, resamples = gather(arguments)
     summary = summarise(pooled(rows, resamples))
     if arguments.smoke:

@@ -13,7 +13,7 @@ from typing import Any
 
 from bayespass.files import replacing, write_text
 from bayespass.report.figure import COLOURS, new_figure
-from results import ROOT
+from results import ROOT, between_marks
 
 START = "<!-- fidelity tables: made by benchmarks/fidelity_pages.py -->"
 END = "<!-- end of the fidelity tables -->"
@@ -38,6 +38,11 @@ NAMES = {
     "cvp": "CVP",
     "shared_uncalibrated": "shared, not calibrated",
     "shared": "shared",
+    "faithful_uncalibrated": "faithful, not calibrated",
+    "faithful_sequential": "faithful, fit_scales",
+    "faithful": "**faithful, distilled (default)**",
+    "correlated": "correlated pass",
+    "cascade": "cascade, MC-64 for a tenth",
     "suq": "SUQ's package",
     "suq_shipped_fit": "SUQ, scale fitted as shipped",
     "suq_corrected_fit": "SUQ, scale fitted with right labels",
@@ -53,11 +58,14 @@ Setting = tuple[str, str, str, float]  # task, test set, kind, scale
 
 
 def settings_of(table: Iterable[Row]) -> dict[Setting, dict[str, list[Row]]]:
-    """Rows by setting and predictor, seeds together."""
+    """Rows by setting and predictor, seeds together; a predictor that lacks seeds is left out."""
     found: dict[Setting, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in table:
         found[row["task"], row["test"], row["kind"], row["scale"]][row["predictor"]].append(row)
-    return found
+    return {
+        setting: {name: rows for name, rows in by_predictor.items() if len(rows) == len(by_predictor["map"])}
+        for setting, by_predictor in found.items()
+    }
 
 
 def key_of(setting: Setting) -> str:
@@ -73,12 +81,19 @@ def page(result: dict[str, Any]) -> str:
         "## Measured",
         f"Made by `benchmarks/fidelity_pages.py` from `benchmarks/results/fidelity.json`; protocols stand in the "
         f"headers of `benchmarks/fidelity*.py`. {len(result['seeds'])} seeds.",
+        not_run(settings),
         verdict(summary),
         overview(settings, summary),
         helps_table(settings, summary),
         *(task_section(task, settings, summary) for task in TITLES),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def not_run(settings: dict[Setting, dict[str, list[Row]]]) -> str:
+    """The tasks that the result lacks."""
+    missing = [title for task, title in TITLES.items() if task not in {setting[0] for setting in settings}]
+    return f"Not run yet: {'; '.join(missing)}." if missing else ""
 
 
 def verdict(summary: dict[str, float]) -> str:
@@ -147,7 +162,8 @@ def task_section(task: str, settings: dict[Setting, dict[str, list[Row]]], summa
             continue
         lines = [line(by_predictor[name], summary, f"{key_of(setting)}/{name}") for name in known(by_predictor)]
         risk = "AURC ×100" if by_predictor["map"][0]["gap_metric"] == "aurc" else "MSE"
-        head = ["predictor", "gap closed", risk, "coverage at 0.5 %", "at 1 %", "NLL", "KL to MC ×1000", "worth MC-S"]
+        head = ["predictor", "gap closed", risk, "coverage at 0.5 %", "at 1 %", "NLL", "KL to MC ×1000", "Spearman"]
+        head.append("worth MC-S")
         rows = by_predictor["map"][0]["rows"]
         _, test, kind, scale = setting
         parts.append(f"**{kind}, variance ×{scale:g}, {test}** ({rows:,} rows)\n\n" + table(head, lines))
@@ -163,12 +179,15 @@ def line(rows: list[Row], summary: dict[str, float], key: str) -> list[str]:
     capped = "≥ " if any(row["capped"] for row in rows) else ""
     return [
         NAMES.get(name, name),
-        "" if closed is None else f"{closed:.0%}",
+        ""
+        if closed is None
+        else f"{closed:.0%} ({summary[key + '/gap_closed_low']:.0%} to {summary[key + '/gap_closed_high']:.0%})",
         risk,
         shown(rows, "coverage_at_0.5", 100, 1),
         shown(rows, "coverage_at_1", 100, 1),
         shown(rows, "nll", 1, 4),
         shown(rows, "kl_to_mc", 1000, 2),
+        shown(rows, "spearman", 1, 2),
         f"{capped}{statistics.median(samples):.0f}" if samples else "",
     ]
 
@@ -197,7 +216,7 @@ def draw_gap_closed(result: dict[str, Any], path: Path) -> None:
         for colour, name in zip(COLOURS, names, strict=True):
             value = summary.get(f"{key}/{name}/gap_closed")
             if value is not None:
-                label = NAMES.get(name, name) if place == 0 else None
+                label = NAMES.get(name, name).strip("*") if place == 0 else None
                 axis.plot(min(max(value, -0.5), 1.5), place, "o", color=colour, markersize=5, label=label)
     axis.axvline(0, color="#cccccc", linewidth=1, zorder=0)
     axis.axvline(1, color="#cccccc", linewidth=1, zorder=0)
@@ -210,6 +229,11 @@ def draw_gap_closed(result: dict[str, Any], path: Path) -> None:
         figure.savefig(whole, format="png", dpi=120)
 
 
+def with_tables(text: str, tables: str) -> str:
+    """The page with these tables between its marks."""
+    return between_marks(text, START, END, tables)
+
+
 def main() -> None:
     """Put the tables between their marks and draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -218,9 +242,7 @@ def main() -> None:
     arguments = parser.parse_args()
     result = json.loads(arguments.result.read_text(encoding="utf-8"))
     path = arguments.docs / "fidelity.md"
-    before, _, rest = path.read_text(encoding="utf-8").partition(START)
-    after = rest.partition(END)[2]
-    write_text(path, f"{before}{START}\n\n{page(result)}\n{END}{after}")
+    write_text(path, with_tables(path.read_text(encoding="utf-8"), page(result)))
     draw_gap_closed(result, arguments.docs / "images" / "fidelity_gap_closed.png")
 
 

@@ -28,7 +28,7 @@ def setting_of(row: Row) -> str:
 
 
 def pooled(rows: list[Row], resamples: dict[str, Path]) -> Pooled:
-    """Figures of every setting and predictor over its seeds.
+    """Figures of every setting over its seeds, and of every predictor that has run on all of them.
 
     Args:
         rows: of the table.
@@ -42,6 +42,7 @@ def pooled(rows: list[Row], resamples: dict[str, Path]) -> Pooled:
         groups[setting_of(row)][row["predictor"]].append(row)
     result: Pooled = {}
     for name, by_predictor in groups.items():
+        by_predictor = {key: own for key, own in by_predictor.items() if len(own) == len(by_predictor["map"])}
         means = {predictor: _seed_mean(own, resamples) for predictor, own in by_predictor.items()}
         gap = means["map"] - means["mc"]
         low, high = interval(gap)
@@ -116,7 +117,7 @@ def summarise(found: Pooled) -> dict[str, float]:
     for name, setting in found.items():
         summary |= {f"{name}/{key}": float(setting[key]) for key in ("gap", "gap_low", "gap_high", "mc_helps")}
         for predictor, figures in setting["predictors"].items():
-            for figure in ("gap_closed", "coverage_at_0.5", "kl_to_mc"):
+            for figure in ("gap_closed", "gap_closed_low", "gap_closed_high", "coverage_at_0.5", "kl_to_mc"):
                 if figures.get(figure) is not None:
                     summary[f"{name}/{predictor}/{figure}"] = figures[figure]
     return {name: float(f"{value:.4g}") for name, value in summary.items()}

@@ -13,7 +13,7 @@ import numpy as np
 
 from bayespass.files import replacing, write_text
 from bayespass.report.figure import COLOURS, new_figure
-from results import ROOT
+from results import ROOT, between_marks
 
 START = "<!-- post-hoc tables: made by benchmarks/post_hoc_pages.py -->"
 END = "<!-- end of the post-hoc tables -->"
@@ -478,9 +478,7 @@ def draw_vae(rows: list[dict[str, Any]], path: Path) -> None:
 
 def with_tables(text: str, tables: str) -> str:
     """A page with what stands between the marks replaced."""
-    before, _, rest = text.partition(START)
-    _, _, after = rest.partition(END)
-    return f"{before}{START}\n\n{tables}\n{END}{after}"
+    return between_marks(text, START, END, tables)
 
 
 def main() -> None:

@@ -47,6 +47,12 @@ def write_result(name: str, seeds: list[int], table: list[dict[str, Any]], summa
     return path
 
 
+def between_marks(text: str, start: str, end: str, tables: str) -> str:
+    """A page with what stands between two marks replaced."""
+    before, _, rest = text.partition(start)
+    return f"{before}{start}\n\n{tables}\n{end}{rest.partition(end)[2]}"
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)

@@ -90,6 +90,17 @@ def test_the_post_hoc_tables_are_the_result_file():
     assert post_hoc_pages.with_tables(text, post_hoc_pages.page(result)) == text
 
 
+def test_the_fidelity_tables_are_the_result_file():
+    """`make benchmark-fidelity` wrote them."""
+    import json
+
+    import fidelity_pages
+
+    text = (ROOT / "docs" / "fidelity.md").read_text(encoding="utf-8")
+    result = json.loads(fidelity_pages.RESULT.read_text(encoding="utf-8"))
+    assert fidelity_pages.with_tables(text, fidelity_pages.page(result)) == text
+
+
 def test_the_training_tables_are_the_result_file():
     """`make benchmark-training` wrote them."""
     import json
