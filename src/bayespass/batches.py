@@ -111,9 +111,13 @@ def batch_size(inputs: Any) -> int:
     return next(len(leaf) for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))
 
 
-def rows_of(inputs: Any, place: slice) -> Any:
-    """Some rows of a batch."""
-    return pytree.tree_map(lambda t: t[place] if isinstance(t, Tensor) else t, inputs)
+def rows_of(inputs: Any, place: slice | Tensor) -> Any:
+    """Some rows of a batch, by a slice or by their indices."""
+
+    def some(t: Tensor) -> Tensor:
+        return t[place.to(t.device) if isinstance(place, Tensor) else place]
+
+    return pytree.tree_map(lambda t: some(t) if isinstance(t, Tensor) else t, inputs)
 
 
 def model_output(output: Any) -> Any:

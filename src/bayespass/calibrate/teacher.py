@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils import _pytree as pytree
 
-from bayespass.batches import batch_size, call_arguments, model_output
+from bayespass.batches import batch_size, call_arguments, model_output, rows_of
 from bayespass.curvature.forms import is_symmetric
 from bayespass.posterior.base import Posterior
 from bayespass.predict.sampling import in_single_precision
@@ -148,19 +147,15 @@ def split_rows(batches: list[Any], share: float, generator: torch.Generator) -> 
     for batch, chosen in zip(batches, apart.split(sizes), strict=True):
         for rows, part in ((~chosen, kept), (chosen, held_out)):
             if rows.any():
-                part.append(_rows(batch, rows.nonzero().squeeze(1)))
+                part.append(rows_of(batch, rows.nonzero().squeeze(1)))
     return kept, held_out
 
 
 def groups_of(batches: list[Any], size: int) -> list[Any]:
     """The batches in parts of at most `size` rows."""
     return [
-        _rows(batch, torch.arange(n)[start : start + size])
+        rows_of(batch, torch.arange(n)[start : start + size])
         for batch in batches
         for n in [batch_size(batch)]
         for start in range(0, n, size)
     ]
-
-
-def _rows(inputs: Any, rows: Tensor) -> Any:
-    return pytree.tree_map(lambda t: t[rows.to(t.device)] if isinstance(t, Tensor) else t, inputs)

@@ -229,6 +229,27 @@ class OutputCovariance:
         return max(1, min(count, int(self.max_memory // (2 * (weights + rows * max(1, sum(kept)))))))
 
 
+class PlacedCovariance:
+    """The covariance in the outputs of a module that may be moved: called, it is the one for where the model is now.
+
+    Args:
+        model: see `OutputCovariance`.
+        posterior: over any subset of its parameters.
+        max_memory: bytes that one part of a batch may take, roughly.
+    """
+
+    def __init__(self, model: nn.Module, posterior: Posterior, max_memory: int) -> None:
+        self.model, self.posterior, self.max_memory = model, posterior, max_memory
+        self._computing: tuple[tuple[int, ...], OutputCovariance] | None = None
+
+    def __call__(self) -> OutputCovariance:
+        """Made anew where the parameters lie elsewhere than last time."""
+        place = tuple(parameter.data_ptr() for parameter in self.model.parameters())
+        if self._computing is None or self._computing[0] != place:
+            self._computing = place, OutputCovariance(self.model, self.posterior, self.max_memory)
+        return self._computing[1]
+
+
 def covariance_grid(
     model: nn.Module,
     batches: Iterable[Any],

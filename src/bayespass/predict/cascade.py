@@ -136,7 +136,7 @@ class Cascade(nn.Module):
         note = f"{len(rows)} of {batch_size((args, kwargs))} rows by the expensive predictor"
         if len(rows) == 0:
             return replace(first, method="cascade", notes=(*first.notes, note))
-        arguments, keywords = rows_of((args, kwargs), rows)  # pyright: ignore[reportArgumentType]
+        arguments, keywords = rows_of((args, kwargs), rows)
         second = self.expensive(*arguments, **keywords)
         note += f" ({second.method})" if second.method else ""
         return _with_rows(first, second, rows, (*first.notes, note))

@@ -24,7 +24,7 @@ from bayespass.batches import call_arguments, device_of, input_batches
 from bayespass.calibrate.output_variance import OutputVariance, fit_output_variance
 from bayespass.calibrate.teacher import Teacher, joined, output_rows
 from bayespass.curvature.layers import DEFAULT_MEMORY
-from bayespass.curvature.pushforward import OutputCovariance
+from bayespass.curvature.pushforward import PlacedCovariance
 from bayespass.errors import InvalidInput, require_count, require_positive
 from bayespass.link import Link, softmax_link
 from bayespass.posterior.base import Posterior
@@ -78,7 +78,7 @@ class CorrelatedPass(nn.Module):
         self.link: Link = link
         self.max_memory = max_memory
         self.output_variance: OutputVariance | None = None
-        self._computing: tuple[tuple[int, ...], OutputCovariance] | None = None
+        self._pushed = PlacedCovariance(self.model, posterior, max_memory)
         self.eval()
 
     def fit(
@@ -154,13 +154,6 @@ class CorrelatedPass(nn.Module):
         if self.output_variance is not None:
             variance = self.output_variance(mean, variance)
         return mean, variance, places.shape[-1]
-
-    def _pushed(self) -> OutputCovariance:
-        """The covariance in the outputs, made anew where the model was moved."""
-        place = tuple(parameter.data_ptr() for parameter in self.model.parameters())
-        if self._computing is None or self._computing[0] != place:
-            self._computing = place, OutputCovariance(self.model, self.posterior, self.max_memory)
-        return self._computing[1]
 
 
 def merged(variance: Tensor, places: Tensor, exact: Tensor) -> Tensor:

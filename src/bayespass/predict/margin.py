@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bayespass.curvature.layers import DEFAULT_MEMORY
-from bayespass.curvature.pushforward import OutputCovariance
+from bayespass.curvature.pushforward import PlacedCovariance
 from bayespass.errors import InvalidInput, require_positive
 from bayespass.posterior.base import Posterior
 from bayespass.predict.linearised import in_single_precision, ordinary_inputs
@@ -84,7 +84,7 @@ class Margin(nn.Module):
         self.posterior = posterior
         self.info = posterior.info
         self.max_memory = max_memory
-        self._computing: tuple[tuple[int, ...], OutputCovariance] | None = None
+        self._pushed = PlacedCovariance(self.model, posterior, max_memory)
         self.eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> MarginPrediction:
@@ -104,13 +104,6 @@ class Margin(nn.Module):
         kind = "exact variance" if self._pushed().exact else f"variance by {self._pushed().n_draws} draws"
         notes = (f"{kind} of the linearised margin",)
         return MarginPrediction(top.indices[..., 0], top.indices[..., 1], margin, variance, "margin", notes)
-
-    def _pushed(self) -> OutputCovariance:
-        """The covariance in the outputs, made anew where the model was moved."""
-        place = tuple(parameter.data_ptr() for parameter in self.model.parameters())
-        if self._computing is None or self._computing[0] != place:
-            self._computing = place, OutputCovariance(self.model, self.posterior, self.max_memory)
-        return self._computing[1]
 
 
 def margin_rows(outputs: Tensor, targets: Tensor | None = None) -> Tensor:  # noqa: ARG001
