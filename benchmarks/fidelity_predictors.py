@@ -1,9 +1,9 @@
 """The predictors that are compared: one line each in `PREDICTORS`.
 
 A builder takes a `Setting` and returns a function from batches to a `Prediction`, or None where the predictor does
-not apply. What it fits, it fits on the held-out rows: calibrations on the inputs of the first 200, with 50 draws,
-whatever has labels (temperatures, prior precisions) on all. Monte Carlo with few draws and the ceiling of two moments
-come from the draws that are kept, see `fidelity_measure`.
+not apply. What it fits, it fits on the held-out rows: calibrations on the inputs of the first 200, with the library's
+default of 100 draws, whatever has labels (temperatures, prior precisions) on all. Monte Carlo with few draws and the
+ceiling of two moments come from the draws that are kept, see `fidelity_measure`.
 """
 
 import warnings
@@ -36,7 +36,7 @@ from bayespass import (
 from bayespass.predict.snapshot import snapshot
 from fidelity_cases import Batches, Case, Task, first_rows, inputs_of, targets_of
 
-CALIBRATION_ROWS, CALIBRATION_DRAWS, CALIBRATION_SEED = 200, 50, 2_000_000
+CALIBRATION_ROWS, FEW_ROWS, CALIBRATION_DRAWS, CALIBRATION_SEED = 200, 50, 100, 2_000_000
 CASCADE_DRAWS, CASCADE_BUDGET, CASCADE_SEED = 64, 0.1, 3_000_000
 FORECAST_DRAWS = 16  # for every prior precision
 LAST_LAYER_GRID = tuple(10 ** (0.5 * k) for k in range(-4, 11))
@@ -156,6 +156,13 @@ def distilled(setting: Setting) -> DistilledScales:
     return distill(setting.model, setting.posterior, setting.unlabelled, "faithful", CALIBRATION_DRAWS, seed)
 
 
+def distilled_on_few(setting: Setting) -> Predict:
+    """The default, distilled on a quarter of the inputs: how much the calibration needs."""
+    seed, few = CALIBRATION_SEED + setting.seed, inputs_of(first_rows(setting.case.held_out, FEW_ROWS))
+    scales = distill(setting.model, setting.posterior, few, "faithful", CALIBRATION_DRAWS, seed)
+    return running(SinglePass(setting.model, setting.posterior, "faithful", scales))
+
+
 def faithful(setting: Setting) -> SinglePass:
     """The default, distilled."""
     return SinglePass(setting.model, setting.posterior, "faithful", distilled(setting))
@@ -210,6 +217,7 @@ PREDICTORS: dict[str, Callable[[Setting], Predict | None]] = {
     "shared": single_pass("shared", calibrated=True),
     "faithful_uncalibrated": single_pass("faithful"),
     "faithful_sequential": single_pass("faithful", calibrated=True),
+    "faithful_few_inputs": distilled_on_few,
     "faithful": lambda setting: running(faithful(setting)),
     "correlated": correlated,
     "cascade": cascade,

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bayespass import InvalidInput, softmax_link
-from bayespass.link import SOBOL_CLASSES, correlated_softmax_link, mutual_information
+from bayespass.link import CORRELATED, SOBOL_CLASSES, Correlation, correlated_softmax_link, mutual_information, n_nodes
 
 # (classes, variance): largest mean KL(truth || link) in nats; single_pass notes 3.5 has the originals.
 BOUNDS = {
@@ -194,3 +194,81 @@ def test_a_shared_root_is_a_root_for_every_row(monkeypatch):
 def test_a_root_that_does_not_fit_is_refused(root):
     with pytest.raises(InvalidInput, match="root must have shape"):
         correlated_softmax_link(torch.zeros(3, 4), root)
+
+
+def mixed(rows, classes, features, seed, dtype=torch.float64, own=0.1):
+    """Logits that are a linear map of independent features plus noise of their own, and their correlation."""
+    generator = torch.Generator().manual_seed(seed)
+    mean = 2 * torch.randn(rows, classes, generator=generator, dtype=dtype)
+    weight = torch.randn(classes, features, generator=generator, dtype=dtype) / features**0.5
+    var = 3 * torch.rand(rows, features, generator=generator, dtype=dtype)
+    total = var @ weight.square().T + own
+    return mean, weight, Correlation(var, weight, total)
+
+
+@pytest.mark.parametrize(("classes", "features"), [(2, 3), (10, 4), (10, 40), (60, 8)])
+def test_logits_of_a_linear_map_against_monte_carlo(classes, features):
+    mean, weight, correlation = mixed(6, classes, features, 3)
+    noise = torch.randn(200_000, features + classes, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    sd = correlation.features.sqrt()
+    truth = torch.stack(
+        [
+            (m + (noise[:, :features] * s) @ weight.T + 0.1**0.5 * noise[:, features:]).softmax(-1).mean(0)
+            for m, s in zip(mean, sd, strict=True)
+        ]
+    )
+    kl = [
+        float((truth * (truth / softmax_link(mean, correlation.total, correlation=c)).log()).sum(-1).mean())
+        for c in (correlation, None)
+    ]
+    assert kl[0] < (2e-3 if classes <= CORRELATED else 5e-3)  # the smaller logits of a row stay independent
+    assert kl[0] < (0.3 if classes <= CORRELATED else 0.6) * kl[1]
+
+
+@pytest.mark.parametrize("classes", [5, 200, SOBOL_CLASSES + 50])
+def test_own_noise_alone_is_no_correlation(classes):
+    mean, _, correlation = mixed(3, classes, 4, 5, torch.float32)
+    alone = correlation._replace(features=torch.zeros_like(correlation.features))
+    found = softmax_link(mean, correlation.total, correlation=alone)
+    torch.testing.assert_close(found, softmax_link(mean, correlation.total), rtol=0.2, atol=0.02)
+
+
+def test_noise_that_all_logits_share_changes_nothing():
+    mean = torch.tensor([[2.0, 0.0, -1.0]])
+    common = Correlation(torch.full((1, 1), 9.0), torch.ones(3, 1), torch.full((1, 3), 9.0))
+    torch.testing.assert_close(
+        softmax_link(mean, common.total, correlation=common), mean.softmax(-1), rtol=0.02, atol=1e-3
+    )
+
+
+def test_corrected_variances_keep_the_correlation():
+    mean, _, correlation = mixed(4, 6, 5, 6)
+    doubled = correlation._replace(features=2 * correlation.features, total=2 * correlation.total)
+    left = softmax_link(mean, 2 * correlation.total, correlation=correlation)
+    torch.testing.assert_close(left, softmax_link(mean, doubled.total, correlation=doubled))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("scale", [0.0, 1e-12, 1e6])
+def test_extreme_correlations_give_probabilities(dtype, scale):
+    mean, weight, correlation = mixed(3, 40, 2, 7, torch.float32, own=0.0)
+    features = (scale * correlation.features).clamp(max=6e4).to(dtype)
+    total = (features.float() @ weight.square().T).clamp(max=6e4).to(dtype)
+    probs = softmax_link(mean.to(dtype), total, correlation=Correlation(features, weight.to(dtype), total))
+    assert probs.dtype == dtype
+    assert bool(torch.isfinite(probs).all())
+    torch.testing.assert_close(probs.float().sum(-1), torch.ones(3), rtol=0.02, atol=0.02)
+
+
+def test_correlations_take_leading_axes_and_refuse_other_shapes():
+    mean, _, correlation = mixed(6, 4, 3, 8)
+    flat = softmax_link(mean, correlation.total, correlation=correlation)
+    lifted = Correlation(correlation.features.view(2, 3, 3), correlation.weight, correlation.total.view(2, 3, 4))
+    found = softmax_link(mean.view(2, 3, 4), lifted.total, correlation=lifted)
+    torch.testing.assert_close(found.view(6, 4), flat)
+    with pytest.raises(InvalidInput, match="features"):
+        softmax_link(mean, correlation.total, correlation=correlation._replace(features=correlation.features[:2]))
+
+
+def test_few_classes_get_more_nodes():
+    assert [n_nodes(c) for c in (2, 64, 100, 128, 1000, 4096)] == [256, 256, 128, 128, 64, 64]

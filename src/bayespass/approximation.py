@@ -13,6 +13,7 @@ Activation = Literal["moments", "linear"]
 Norm = Literal["expected", "delta", "at_mean"]
 Scores = Literal["at_mean", "random"]
 Shared = Literal["ignore", "carry"]
+Logits = Literal["independent", "correlated"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class Approximation:
         shared: noise that one weight makes at all positions (tokens, pixels, time steps).
             `"carry"` follows the part of the variance that positions have in common, which
             pooling and attention do not average away; `"ignore"` treats positions as independent.
+        logits: the noise of the logits of one row. `"correlated"` gives them what the features that a last
+            linear layer mixes have in common (`Correlation`); `"independent"` leaves it out. Where logits are not
+            the output of a linear layer, they are independent by both.
 
     Raises:
         InvalidInput: a field has a value outside its list.
@@ -42,9 +46,10 @@ class Approximation:
     norm: Norm = "expected"
     scores: Scores = "at_mean"
     shared: Shared = "ignore"
+    logits: Logits = "independent"
 
     def __post_init__(self) -> None:
-        choices = {"activation": Activation, "norm": Norm, "scores": Scores, "shared": Shared}
+        choices = {"activation": Activation, "norm": Norm, "scores": Scores, "shared": Shared, "logits": Logits}
         for field in fields(self):
             if field.name in choices and getattr(self, field.name) not in get_args(choices[field.name]):
                 allowed = ", ".join(repr(value) for value in get_args(choices[field.name]))
@@ -69,9 +74,12 @@ SHARED = Approximation("shared", activation="moments", norm="delta", scores="at_
 """Matched moments, delta-form norms, and the variance that positions have in common carried along:
 what convolutional networks and long sequences need, for about one more product per layer."""
 
-FAITHFUL = Approximation("faithful", activation="moments", norm="delta", scores="random", shared="carry")
+FAITHFUL = Approximation(
+    "faithful", activation="moments", norm="delta", scores="random", shared="carry", logits="correlated"
+)
 """What comes closest to Monte Carlo, and the default: as `shared`, with random queries and keys, whose
-noise moves the attention weights and so the mean. `benchmarks/fidelity.py` measures it."""
+noise moves the attention weights and so the mean, and with logits that are uncertain together.
+`benchmarks/fidelity.py` measures it."""
 
 NAMED = {approximation.name: approximation for approximation in (STREAMLINED, CVP, SHARED, FAITHFUL)}
 

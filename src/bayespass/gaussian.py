@@ -124,13 +124,23 @@ class GaussianTensor(Tensor):
         raise UnsupportedOp(msg)
 
     def __tensor_flatten__(self) -> tuple[list[str], Approximation]:
-        names = ("gaussian_mean", "gaussian_var", "gaussian_shared", "gaussian_scores")
+        names = (
+            "gaussian_mean",
+            "gaussian_var",
+            "gaussian_shared",
+            "gaussian_scores",
+            "gaussian_source_var",
+            "gaussian_source_weight",
+            "gaussian_source_gain",
+        )
         return [name for name in names if getattr(self, name) is not None], self.approximation
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], context: Approximation, size: Any, stride: Any) -> Any:
         fields: dict[str, Any] = {name.removeprefix("gaussian_"): t for name, t in inner.items()}
-        return GaussianTensor(Moments(**fields), context)
+        parts = [fields.pop(f"source_{name}", None) for name in Source._fields]
+        source = None if parts[0] is None else Source(*parts)
+        return GaussianTensor(Moments(**fields, source=source), context)
 
 
 def _share_memory(source: GaussianTensor, views: Any) -> None:
@@ -154,7 +164,8 @@ def read(tensor: GaussianTensor, source: Source | None = None) -> Moments:
     return Moments(*common, source)
 
 
-def _source(tensor: GaussianTensor) -> Source | None:
+def source_of(tensor: GaussianTensor) -> Source | None:
+    """What the Gaussian tensor was made from, if a linear map made it."""
     var, weight = tensor.gaussian_source_var, tensor.gaussian_source_weight
     return None if var is None or weight is None else Source(var, weight, tensor.gaussian_source_gain)
 
@@ -171,7 +182,7 @@ def unwrap(value: Any, found: Found, sources: bool = False) -> Any:
         for tensor, moments in found:
             if tensor is value:
                 return moments
-        moments = read(value, _source(value) if sources else None)
+        moments = read(value, source_of(value) if sources else None)
         if value.memory is not None and value.seen != value.memory.version:
             msg = (
                 "a Gaussian tensor is read after its memory was changed in place through another view of it, which "

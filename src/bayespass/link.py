@@ -1,13 +1,15 @@
 """Class probabilities from Gaussian logits: E[softmax(z)] for z ~ N(mean, diag(variance)) or N(mean, R R^T).
 
-    "sobol"       64 fixed quasi-random nodes, deterministic; best up to a few thousand classes
+    "sobol"       64 to 256 fixed quasi-random nodes, deterministic; best up to a few thousand classes
     "delta"       second order in the variance (at most 1), clamped and renormalised
     "top_k"       Sobol nodes on the 256 largest logits, the rest at second order of their sum
     "mean_field"  one-sided mean field, 1 / sum_i exp((m_i - m_k) / sqrt(1 + pi/8 v_k))
     "probit"      softmax(m / sqrt(1 + pi/8 v)): worse than no variance for many classes
     "auto"        "sobol" up to 4,096 classes, "top_k" beyond
 
-Correlated logits go by Sobol nodes in the space of the root R.
+Correlated logits go by Sobol nodes in the space of the root R. Logits that a linear map made of independent
+features have a `Correlation`, which "sobol" and "top_k" follow among the 32 largest of a row: features that move two
+classes together do not make their order uncertain, and independence would count them as if they did.
 
 Rows are worked on in parts, so that a large vocabulary costs little memory beyond the result itself.
 
@@ -17,7 +19,7 @@ Source: single_pass notes 3.5, with measured errors per link, class count and va
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -27,7 +29,10 @@ from bayespass.errors import InvalidInput
 
 Link = Literal["auto", "sobol", "delta", "top_k", "mean_field", "probit"]
 
-N_NODES = 64
+FEW_NODES, MANY_NODES = 64, 256
+NODES_TIMES_CLASSES = 2**14  # within the two numbers above
+CORRELATED = 32  # largest logits of a row whose correlation is followed
+DIAGONAL = 1e-4  # what is added to correlations so that they have a root
 SOBOL_CLASSES = 4096
 TOP_CLASSES = 256
 DELTA_VARIANCE = 1.0
@@ -35,13 +40,29 @@ NODE_ELEMENTS = 2**22  # elements of logits that are held at once for all nodes
 ROW_ELEMENTS = 2**20  # elements of logits whose rows are worked on at once
 
 
-def softmax_link(mean: Tensor, variance: Tensor, link: Link = "auto") -> Tensor:
-    """E[softmax(z)] for independent Gaussian logits.
+class Correlation(NamedTuple):
+    """That logits are a linear map of independent features plus noise of their own.
+
+    Args:
+        features: (..., D) variances of the features.
+        weight: (C, D) of the map.
+        total: (..., C) variances of the logits that go with them, noise of their own included.
+    """
+
+    features: Tensor
+    weight: Tensor
+    total: Tensor
+
+
+def softmax_link(mean: Tensor, variance: Tensor, link: Link = "auto", correlation: Correlation | None = None) -> Tensor:
+    """E[softmax(z)] for Gaussian logits, independent or with the correlation of a linear map.
 
     Args:
         mean: (..., C) logit means.
         variance: (..., C) logit variances, >= 0.
         link: which approximation, see the module's table.
+        correlation: how the noise of logits is correlated; None for not at all, and "delta", "mean_field"
+            and "probit" leave it out.
 
     Returns:
         probabilities (..., C), rows sum to one.
@@ -57,12 +78,14 @@ def softmax_link(mean: Tensor, variance: Tensor, link: Link = "auto") -> Tensor:
         raise InvalidInput(msg)
     if link == "auto":
         link = "sobol" if mean.shape[-1] <= SOBOL_CLASSES else "top_k"
+    if correlation is not None and link in ("sobol", "top_k"):
+        return _correlated_by_rows(_correlated_sobol if link == "sobol" else _top_k, mean, variance, correlation)
     compute = {"sobol": _sobol, "delta": _delta, "top_k": _top_k, "mean_field": _mean_field, "probit": _probit}[link]
     return _by_rows(compute, mean, variance)
 
 
 def correlated_softmax_link(mean: Tensor, root: Tensor, scale: Tensor | None = None) -> Tensor:
-    """E[softmax(z)] for z = mean + R diag(scale) e, e standard normal, at 64 fixed Sobol nodes.
+    """E[softmax(z)] for z = mean + R diag(scale) e, e standard normal, at fixed Sobol nodes.
 
     Largest first: nodes cover the first columns of R best, so that eigenvectors times the square roots of
     falling eigenvalues are better than a Cholesky factor.
@@ -97,7 +120,7 @@ def correlated_softmax_link(mean: Tensor, root: Tensor, scale: Tensor | None = N
     means = mean.reshape(-1, n_classes)
     roots = root if shared else root.reshape(-1, n_classes, width)
     scales = None if scale is None else scale.reshape(-1, width)
-    n_rows = max(1, NODE_ELEMENTS // (N_NODES * (n_classes + width) + (0 if shared else n_classes * width)))
+    n_rows = max(1, NODE_ELEMENTS // (len(nodes) * (n_classes + width) + (0 if shared else n_classes * width)))
     found = []
     for start in range(0, len(means), n_rows):
         rows = slice(start, start + n_rows)
@@ -110,7 +133,7 @@ def correlated_softmax_link(mean: Tensor, root: Tensor, scale: Tensor | None = N
 def mutual_information(mean: Tensor, variance: Tensor) -> Tensor:
     """H(E[softmax(z)]) - E[H(softmax(z))]: what knowing z would tell about the class, in nats.
 
-    The epistemic part of the predictive entropy, at the 64 fixed nodes whatever the link. Beyond
+    The epistemic part of the predictive entropy, at the fixed nodes whatever the link. Beyond
     4,096 classes the nodes move the 256 largest logits, and the rest is one class of known inner
     proportions, so that what is uncertain inside the tail is left out.
 
@@ -142,6 +165,36 @@ def _by_rows(compute: Callable[[Tensor, Tensor], Tensor], mean: Tensor, variance
     return result.reshape(*mean.shape[:-1], *result.shape[1:])
 
 
+def _correlated_by_rows(
+    compute: Callable[[Tensor, Tensor, Correlation], Tensor], mean: Tensor, variance: Tensor, correlation: Correlation
+) -> Tensor:
+    """compute(mean, variance, correlation), as `_by_rows`, with (n, C) logits.
+
+    Raises:
+        InvalidInput: shapes that do not fit.
+    """
+    features, weight, total = correlation
+    n_classes, n_features = mean.shape[-1], weight.shape[-1]
+    fits = features.shape == (*mean.shape[:-1], n_features) and total.shape == mean.shape
+    if not fits or weight.shape[0] != n_classes:
+        msg = (
+            f"for logits {tuple(mean.shape)} a correlation has features (..., D), weight ({n_classes}, D) and total "
+            f"{tuple(mean.shape)}; got {tuple(features.shape)}, {tuple(weight.shape)} and {tuple(total.shape)}"
+        )
+        raise InvalidInput(msg)
+    dtype = torch.float32 if mean.dtype in (torch.float16, torch.bfloat16) else mean.dtype
+    weight = weight.to(dtype)
+    width = min(n_classes, CORRELATED)
+    per_row = n_nodes(n_classes) * (n_classes + width) + width * n_features
+    size = len(mean.reshape(-1, n_classes)) if torch.compiler.is_compiling() else max(1, NODE_ELEMENTS // per_row)
+    parts = zip(
+        *(t.reshape(-1, t.shape[-1]).to(dtype).split(max(1, size)) for t in (mean, variance, features, total)),
+        strict=True,
+    )
+    found = [compute(m, v, Correlation(f, weight, t)) for m, v, f, t in parts]
+    return torch.cat(found).reshape(mean.shape).to(mean.dtype)
+
+
 def _probit(mean: Tensor, variance: Tensor) -> Tensor:
     return torch.softmax(_damped(mean, variance), -1)
 
@@ -152,8 +205,9 @@ def _damped(mean: Tensor, variance: Tensor) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _standard_nodes(n_classes: int) -> np.ndarray:
-    """(64, C) quasi-random standard normal nodes: 32 and their mirror images, of unit variance per class."""
-    uniform = torch.quasirandom.SobolEngine(n_classes, scramble=True, seed=0).draw(N_NODES // 2, dtype=torch.float64)
+    """(n, C) quasi-random standard normal nodes: a half and its mirror images, of unit variance per class."""
+    count = n_nodes(n_classes) // 2
+    uniform = torch.quasirandom.SobolEngine(n_classes, scramble=True, seed=0).draw(count, dtype=torch.float64)
     nodes = torch.special.ndtri(uniform.clamp(1e-7, 1 - 1e-7))
     nodes = nodes * torch.rsqrt(nodes.square().mean(0))
     return torch.cat([nodes, -nodes]).numpy()
@@ -168,11 +222,53 @@ def _nodes(n_classes: int) -> Tensor:
 _nodes._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def n_nodes(n_classes: int) -> int:
+    """How many nodes so many logits take: a power of two from 64 to 256."""
+    wished = max(1, NODES_TIMES_CLASSES // max(1, n_classes))
+    return min(MANY_NODES, max(FEW_NODES, 2 ** (wished.bit_length() - 1)))
+
+
 def _sobol(mean: Tensor, variance: Tensor) -> Tensor:
     probs, sd = torch.zeros_like(mean), variance.sqrt()
     for part in _node_parts(mean):
         probs = probs + torch.softmax(mean + sd * part, -1).sum(0)
-    return probs / N_NODES
+    return probs / n_nodes(mean.shape[-1])
+
+
+def _correlated_sobol(mean: Tensor, variance: Tensor, correlation: Correlation) -> Tensor:
+    """The nodes with the largest logits of each row correlated; (n, C) throughout."""
+    top = mean.topk(min(mean.shape[-1], CORRELATED), -1).indices
+    return _sobol_by_root(mean, variance, top, _root_of_largest(variance.gather(-1, top), correlation, top))
+
+
+def _sobol_by_root(mean: Tensor, variance: Tensor, places: Tensor, root: Tensor) -> Tensor:
+    """The nodes for logits (n, C) of which those in K places have this root (n, K, K), the others are independent."""
+    n_classes, width = mean.shape[-1], places.shape[-1]
+    nodes = _nodes(n_classes if width == n_classes else n_classes + width).to(mean.device, mean.dtype)
+    moved = nodes[:, :width] @ root.mT  # (n, nodes, width)
+    if width == n_classes:
+        probs = torch.softmax(mean.gather(-1, places).unsqueeze(1) + moved, -1).mean(1)
+        return torch.zeros_like(mean).scatter(-1, places, probs)
+    gap = variance.sqrt().unsqueeze(1) * nodes[:, width:]
+    gap = gap.scatter(-1, places.unsqueeze(1).expand_as(moved), moved)
+    return torch.softmax(mean.unsqueeze(1) + gap, -1).mean(1)
+
+
+def _root_of_largest(variance: Tensor, correlation: Correlation, top: Tensor) -> Tensor:
+    """(n, K, K) lower root of the covariance of the logits in these places, with variances (n, K); largest first.
+
+    Where rounding leaves a matrix without a root the row's logits are independent.
+    """
+    features, weight, total = correlation
+    rows = weight[top]
+    sd = total.gather(-1, top).clamp(min=torch.finfo(total.dtype).tiny).sqrt()
+    found = (rows * features.unsqueeze(-2)) @ rows.mT / (sd.unsqueeze(-1) * sd.unsqueeze(-2))
+    found = found.nan_to_num(0.0).clamp(-1, 1) * (1 - DIAGONAL)
+    found = found - torch.diag_embed(found.diagonal(dim1=-2, dim2=-1) - 1)
+    root, failed = torch.linalg.cholesky_ex(found)
+    independent = torch.eye(top.shape[-1], dtype=found.dtype, device=found.device)
+    root = torch.where((failed == 0)[:, None, None], root, independent)
+    return root * variance.sqrt().unsqueeze(-1)
 
 
 def _information(mean: Tensor, variance: Tensor) -> Tensor:
@@ -182,14 +278,15 @@ def _information(mean: Tensor, variance: Tensor) -> Tensor:
     for part in _node_parts(mean):
         p = torch.softmax(mean + sd * part, -1)
         probs, entropy = probs + p.sum(0), entropy + torch.special.entr(p).sum((0, -1))
-    return (torch.special.entr(probs / N_NODES).sum(-1) - entropy / N_NODES).clamp(min=0)
+    count = n_nodes(mean.shape[-1])
+    return (torch.special.entr(probs / count).sum(-1) - entropy / count).clamp(min=0)
 
 
 def _node_parts(mean: Tensor) -> tuple[Tensor, ...]:
     """The nodes (n, 1, ..., C) for logits like these, as many at a time as memory allows."""
     nodes = _nodes(mean.shape[-1]).to(mean.device, mean.dtype)
-    chunk = max(1, min(N_NODES, NODE_ELEMENTS // max(1, mean.numel())))
-    return nodes.reshape(N_NODES, *[1] * (mean.dim() - 1), mean.shape[-1]).split(chunk)
+    chunk = max(1, min(len(nodes), NODE_ELEMENTS // max(1, mean.numel())))
+    return nodes.reshape(len(nodes), *[1] * (mean.dim() - 1), mean.shape[-1]).split(chunk)
 
 
 def _delta(mean: Tensor, variance: Tensor) -> Tensor:
@@ -201,12 +298,18 @@ def _delta(mean: Tensor, variance: Tensor) -> Tensor:
     return probs / probs.sum(-1, keepdim=True)
 
 
-def _top_k(mean: Tensor, variance: Tensor) -> Tensor:
+def _top_k(mean: Tensor, variance: Tensor, correlation: Correlation | None = None) -> Tensor:
     """Sobol nodes on the largest logits; the tail keeps its delta mass and its own proportions."""
     if mean.shape[-1] <= TOP_CLASSES:
-        return _sobol(mean, variance)
+        return _sobol(mean, variance) if correlation is None else _correlated_sobol(mean, variance, correlation)
     head_mean, head_variance, top, tail = _head(mean, variance)
-    head = _sobol(head_mean, head_variance)
+    if correlation is None:
+        head = _sobol(head_mean, head_variance)
+    else:
+        largest = top[:, :CORRELATED]
+        root = _root_of_largest(head_variance[:, :CORRELATED], correlation, largest)
+        places = torch.arange(CORRELATED, device=top.device).expand_as(largest)  # `top` is sorted
+        head = _sobol_by_root(head_mean, head_variance, places, root)
     return (tail * head[..., -1:]).scatter(-1, top, head[..., :-1])
 
 

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from bayespass import (
@@ -348,6 +349,36 @@ def test_scales_multiply_the_variance_at_their_site():
     )
     torch.testing.assert_close(scaled.logit_variance, 0.5 * SinglePass(model, tripled)(x).logit_variance)
     assert "2 of 3 sites scaled" in scaled.notes
+
+
+def test_logits_that_features_move_together():
+    """A known head on random features: the logits are jointly Gaussian, and softmax is averaged over that."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 6)).eval().requires_grad_(False)
+    posterior = isotropic(model, 0.7).subset(["0.weight", "0.bias"])
+    x = torch.randn(4, 5)
+    truth = torch.stack([functional_call(model, dict(w), (x,)).softmax(-1) for w in posterior.sample(20_000, 0)]).mean(
+        0
+    )
+
+    def divergence(approximation):
+        probs = SinglePass(model, posterior, approximation)(x).probs
+        return float((truth * (truth / probs).log()).sum(-1).mean())
+
+    assert divergence("faithful") < 1e-3
+    assert divergence("faithful") < 0.1 * divergence("shared")  # which takes logits as independent
+    predictor = SinglePass(model, posterior, scales={"0": 1.0, "": 1.0})
+    torch.testing.assert_close(predictor(x).probs, SinglePass(model, posterior)(x).probs)
+    variance, correlation = predictor.correlated_moments(x)[1:]
+    assert correlation is not None
+    assert SinglePass(model, posterior, "shared").correlated_moments(x)[2] is None
+    torch.testing.assert_close(correlation.features @ model[1].weight.square().T, variance)
+
+
+def test_logits_that_something_changed_after_the_head_are_independent():
+    torch.manual_seed(4)
+    model = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 6), nn.Tanh()).eval()
+    assert SinglePass(model, isotropic(model, 0.5)).correlated_moments(torch.randn(2, 5))[2] is None
 
 
 def test_bad_scales_name_the_site():

@@ -9,10 +9,11 @@ The damping vanishes with the variance, so that a narrower posterior is correcte
 where the propagated mean is poor; where it gains nothing on held-out inputs it is left out.
 The loss per row, in nats, is
 
-    KL(MC || student) of class probabilities + mean over outputs of KL(N_MC || N_student)
+    KL(MC || student) of the predictions + mean over outputs of KL(N_MC || N_student),
 
-and the second term alone for regression, plus 0.1 / N times the squared distance of log factors and
-dampings from their start: few inputs move them little. Last, the output's variance is corrected row by row
+predictions being class probabilities or Gaussians of the observations, noise included (for these the second term
+counts a tenth: noise hides most of it), plus 0.1 / N times the squared distance of log factors and dampings from
+their start: few inputs move them little. Last, the output's variance is corrected row by row
 (`output_variance.py`). Inputs that are set apart stop the training and choose between no calibration,
 `fit_scales`, distilled factors, factors with dampings, and each with or without the last step.
 
@@ -21,7 +22,7 @@ Source: single_pass notes 3.7 and 10.
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,12 +33,24 @@ from torch.utils import _pytree as pytree
 from bayespass.approximation import FAITHFUL, Approximation
 from bayespass.batches import batch_size, call_arguments, device_of, input_batches
 from bayespass.calibrate.output_variance import OutputVariance, fit_output_variance
-from bayespass.calibrate.teacher import Taught, Teacher, distance, groups_of, joined, output_rows, split_rows
+from bayespass.calibrate.teacher import (
+    Answer,
+    Taught,
+    Teacher,
+    answers,
+    distance,
+    groups_of,
+    joined,
+    joined_correlation,
+    output_rows,
+    row_correlation,
+    split_rows,
+)
 from bayespass.calibrate.variance_scale import VarianceScales, fit_scales
 from bayespass.errors import InvalidInput, require_count
 from bayespass.evaluate.agreement import Agreement, agreement
 from bayespass.gaussian import GaussianTensor, read
-from bayespass.link import softmax_link
+from bayespass.link import Correlation
 from bayespass.posterior.base import Posterior
 from bayespass.predict.propagation import SinglePass, scale_output
 from bayespass.predict.sampling import in_single_precision
@@ -71,7 +84,7 @@ class DistillationReport:
         steps: gradient steps that were taken.
         seconds: in all.
 
-    For regression the KL is that of the output's Gaussians, without observation noise.
+    For regression the KL is that of the observations' Gaussians.
     """
 
     before: Agreement
@@ -263,12 +276,14 @@ class _Distillation:
     def _output_variance(self) -> OutputVariance | None:
         """The last step on the present state, noted under its own name; None where no output has variance."""
         with torch.no_grad():
-            moments = [self.student(group.inputs)[:2] for group in self.training]
-        mean, variance = (torch.cat(parts) for parts in zip(*moments, strict=True))
+            found = [self.student.moments(group.inputs) for group in self.training]
+        mean, variance = (torch.cat(parts) for parts in list(zip(*found, strict=True))[:2])
+        correlation = joined_correlation([each[2] for each in found])
         truth = joined(self.training)
         if not (truth.variance > 0).any():
             return None
-        self.student.output = fit_output_variance(mean, variance, truth)
+        info = self.student.single_pass.info
+        self.student.output = fit_output_variance(mean, variance, truth, answers(info, correlation))
         self._note(self._best() + OUTPUT)
         return self.student.output
 
@@ -299,14 +314,7 @@ class _Distillation:
         self._restore(name)
         with torch.no_grad():
             found = [self.student(group.inputs) for group in self.held_out]
-        mine, truth = (
-            _prediction([torch.cat(parts) for parts in zip(*each, strict=True)])
-            for each in (
-                [(m, v, *(() if p is None else (p,))) for m, v, p in found],
-                [(g.mean, g.variance, *(() if g.probs is None else (g.probs,))) for g in self.held_out],
-            )
-        )
-        return agreement(mine, truth)
+        return agreement(_prediction(found), _prediction(self.held_out))
 
 
 class _Student:
@@ -314,7 +322,6 @@ class _Student:
 
     def __init__(self, single_pass: SinglePass, inputs: Any) -> None:
         self.single_pass = single_pass
-        self.classifies = single_pass.info.likelihood == "classification"
         device = device_of(single_pass.model)
         self.places = {path: index for index, path in enumerate(single_pass.sites)}
         self.seen: set[str] = set()
@@ -325,15 +332,19 @@ class _Student:
         with torch.no_grad():
             self(inputs)
 
-    def __call__(self, inputs: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Mean and variance (R, C) of the outputs, and class probabilities where it classifies."""
-        args, kwargs = call_arguments(inputs)
-        mean, variance = (
-            output_rows(in_single_precision(value)) for value in self.single_pass.moments(*args, **kwargs)
-        )
-        variance = variance.clamp(min=torch.finfo(variance.dtype).tiny ** 0.5)  # a slope at no variance
+    def __call__(self, inputs: Any) -> Answer:
+        """What it says of every row and position."""
+        mean, variance, correlation = self.moments(inputs)
         variance = variance if self.output is None else self.output(mean, variance)
-        return mean, variance, softmax_link(mean, variance) if self.classifies else None
+        return answers(self.single_pass.info, correlation)(mean, variance)
+
+    def moments(self, inputs: Any) -> tuple[Tensor, Tensor, Correlation | None]:
+        """Mean and variance (R, C) of the outputs and their correlation, without the last step."""
+        args, kwargs = call_arguments(inputs)
+        *found, correlation = self.single_pass.correlated_moments(*args, **kwargs)
+        mean, variance = (output_rows(in_single_precision(value)) for value in found)
+        variance = variance.clamp(min=torch.finfo(variance.dtype).tiny ** 0.5)  # a slope at no variance
+        return mean, variance, row_correlation(correlation)
 
     def load(self, scales: Mapping[str, float]) -> None:
         """Take these factors, and no dampings."""
@@ -370,11 +381,14 @@ def _finite(gradient: Tensor | None) -> Tensor | None:
     return None if gradient is None else gradient.nan_to_num(0.0, 0.0, 0.0)
 
 
-def _prediction(fields: list[Tensor]) -> Prediction:
-    mean, variance, *probs = fields
-    if probs:
-        return ClassificationPrediction(probs[0], mean, variance)
-    return RegressionPrediction(mean, variance, torch.zeros_like(variance))
+def _prediction(groups: Sequence[Answer | Taught]) -> Prediction:
+    mean, variance = (torch.cat([getattr(group, field) for group in groups]) for field in ("mean", "variance"))
+    probs, totals = ([getattr(group, field) for group in groups] for field in ("probs", "total"))
+    if probs[0] is not None:
+        return ClassificationPrediction(torch.cat(probs), mean, variance)
+    width = totals[0].shape[-1]
+    mean, variance = mean[:, :width], variance[:, :width]
+    return RegressionPrediction(mean, variance, (torch.cat(totals) - variance).clamp(min=0))
 
 
 def _ordinary(inputs: Any) -> Any:

@@ -9,13 +9,14 @@ about a third (docs/fidelity.md) and costs nothing at prediction. Features and c
 within what was seen when fitting, so that inputs unlike those are not extrapolated to.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bayespass.calibrate.teacher import Taught, distance
+from bayespass.calibrate.teacher import Answer, Taught, distance
 from bayespass.errors import InvalidInput
 from bayespass.link import softmax_link
 
@@ -37,6 +38,7 @@ class OutputVariance:
         high: largest.
         bounds: smallest and largest correction of log v.
         classifies: whether outputs are logits.
+        predicts_noise: whether they are pairs of a mean and a log variance.
     """
 
     weights: tuple[float, ...]
@@ -46,6 +48,7 @@ class OutputVariance:
     high: tuple[float, ...]
     bounds: tuple[float, float]
     classifies: bool
+    predicts_noise: bool = False
 
     def __call__(self, mean: Tensor, variance: Tensor) -> Tensor:
         """The corrected variance.
@@ -56,7 +59,8 @@ class OutputVariance:
         """
         dtype = torch.float32 if mean.dtype in (torch.float16, torch.bfloat16) else mean.dtype
         m, v = mean.to(dtype), variance.to(dtype)
-        z = (output_features(m, v, self.classifies) - m.new_tensor(self.centre)) / m.new_tensor(self.spread)
+        features = output_features(m, v, self.classifies, self.predicts_noise)
+        z = (features - m.new_tensor(self.centre)) / m.new_tensor(self.spread)
         z = torch.minimum(torch.maximum(z, m.new_tensor(self.low)), m.new_tensor(self.high))
         correction = (z @ m.new_tensor(self.weights)).clamp(*self.bounds)
         return (v * correction.exp()).to(variance.dtype)
@@ -74,51 +78,55 @@ class OutputVariance:
         return cls(**fields)
 
 
-def fit_output_variance(mean: Tensor, variance: Tensor, truth: Taught) -> OutputVariance:
+def fit_output_variance(
+    mean: Tensor, variance: Tensor, truth: Taught, answer: Callable[[Tensor, Tensor], Answer]
+) -> OutputVariance:
     """Least squares of log(v_MC / v) on the features, then from there the distance to the teacher by L-BFGS.
 
     Args:
         mean: (R, C) of the outputs, by the single pass.
         variance: (R, C).
         truth: the same rows by Monte Carlo; with probabilities the outputs are logits.
+        answer: from mean and variance of these rows to what is said of them.
 
     Raises:
         InvalidInput: no output has variance by both.
     """
     classifies = truth.probs is not None
+    predicts_noise = truth.total is not None and truth.total.shape[-1] < truth.mean.shape[-1]
     with torch.inference_mode(mode=False), torch.enable_grad():
         m, v = mean.detach().clone(), variance.detach().clone()
         known = (v > 0) & (truth.variance > 0)
         if not known.any():
             msg = "the output has no variance to correct; the posterior does not reach it"
             raise InvalidInput(msg)
-        features = output_features(m, v, classifies)
+        features = output_features(m, v, classifies, predicts_noise)
         centre, spread = features[known].mean(0), features[known].std(0, correction=0)
         spread = torch.where(spread > 1e-6 * (1 + centre.abs()), spread, torch.ones_like(spread))
         centre[0] = 0.0  # the constant
         z = (features - centre) / spread
         design, target = z[known].double(), (truth.variance / v)[known].log().double()
         gram = design.T @ design + RIDGE * torch.eye(design.shape[1], dtype=torch.double, device=m.device)
-        weights = _descend(torch.linalg.solve(gram, design.T @ target).to(m.dtype), z, (m, v), truth)
+        start = torch.linalg.solve(gram, design.T @ target).to(m.dtype)
+        weights = _descend(start, z, lambda factor: distance(answer(m, v * factor), truth))
         fitted = z[known] @ weights
         return OutputVariance(
             *(tuple(t.tolist()) for t in (weights, centre, spread, z[known].amin(0), z[known].amax(0))),
             bounds=(float(fitted.min()), float(fitted.max())),
             classifies=classifies,
+            predicts_noise=predicts_noise,
         )
 
 
-def _descend(start: Tensor, z: Tensor, moments: tuple[Tensor, Tensor], truth: Taught) -> Tensor:
+def _descend(start: Tensor, z: Tensor, distances: Callable[[Tensor], Tensor]) -> Tensor:
     """The weights of the smallest distance near the start, or the start where the search fails."""
-    mean, variance = moments
     weights = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([weights], max_iter=MAX_STEPS, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        v = variance * (z @ weights).clamp(-LARGEST, LARGEST).exp()
-        probs = None if truth.probs is None else softmax_link(mean, v)
-        found = distance((mean, v, probs), truth).mean() + SHRINKAGE / len(z) * (weights - start).square().sum()
+        factor = (z @ weights).clamp(-LARGEST, LARGEST).exp()
+        found = distances(factor).mean() + SHRINKAGE / len(z) * (weights - start).square().sum()
         found.backward()
         return found
 
@@ -126,16 +134,21 @@ def _descend(start: Tensor, z: Tensor, moments: tuple[Tensor, Tensor], truth: Ta
     return weights.detach() if bool(torch.isfinite(weights).all()) else start
 
 
-def output_features(mean: Tensor, variance: Tensor, classifies: bool) -> Tensor:
+def output_features(mean: Tensor, variance: Tensor, classifies: bool, predicts_noise: bool = False) -> Tensor:
     """What the correction sees of every output, (..., C, F): the first is the constant.
 
     Args:
         mean: (..., C).
         variance: (..., C).
         classifies: whether outputs are logits; else only the variances are seen.
+        predicts_noise: whether they are pairs of a mean and a log variance, which differ in level.
     """
     v = variance.clamp(min=torch.finfo(variance.dtype).tiny)
     columns = [torch.ones_like(mean), v.log(), v.mean(-1, keepdim=True).log().expand_as(v)]
+    if predicts_noise:
+        second = torch.zeros_like(mean)
+        second[..., 1] = 1.0
+        return torch.stack([*columns, second, second * v.log()], -1)
     if not classifies:
         return torch.stack(columns, -1)
     gap = mean - mean.mean(-1, keepdim=True)

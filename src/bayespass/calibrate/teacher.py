@@ -6,7 +6,7 @@ are used: terms of odd order in the weight noise then cancel exactly in the mean
 error at the same cost (measured on a vision transformer of digits at 100 draws).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,13 @@ from torch.func import functional_call
 
 from bayespass.batches import batch_size, call_arguments, model_output, rows_of
 from bayespass.curvature.forms import is_symmetric
-from bayespass.posterior.base import Posterior
+from bayespass.link import Correlation, softmax_link
+from bayespass.posterior.base import Posterior, PosteriorInfo
 from bayespass.predict.sampling import in_single_precision
 from bayespass.predict.snapshot import place, snapshot
+from bayespass.prediction import regression_prediction
+
+LATENT = 0.1  # weight of the outputs' Gaussians beside those of the observations, where noise hides most of them
 
 
 @dataclass(frozen=True)
@@ -30,12 +34,25 @@ class Taught:
         mean: (R, C) of the outputs, R rows and positions.
         variance: (R, C), unbiased.
         probs: (R, C) averaged class probabilities; None for regression.
+        total: (R, C) variance of the observations, noise included, (R, 1) where the noise is predicted;
+            None for classification.
     """
 
     inputs: Any
     mean: Tensor
     variance: Tensor
     probs: Tensor | None
+    total: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a student says of the same rows; the fields as in `Taught`."""
+
+    mean: Tensor
+    variance: Tensor
+    probs: Tensor | None
+    total: Tensor | None
 
 
 class Teacher:
@@ -60,27 +77,31 @@ class Teacher:
             inputs: of the group.
             seed: of its draws.
         """
-        classifies = self.posterior.info.likelihood == "classification"
+        info = self.posterior.info
+        classifies, predicted = info.likelihood == "classification", info.sigma_noise == "predicted"
         args, kwargs = call_arguments(inputs)
-        count, mean, square, odd_square, probs = 0, None, torch.zeros(()), torch.zeros(()), None
+        count, mean, square, odd_square, extra = 0, None, torch.zeros(()), torch.zeros(()), None
         with torch.no_grad():
             for outputs in self._draws(args, kwargs, seed):
                 count += 1
-                even = torch.stack(outputs).mean(0)
+                both = torch.stack(outputs)
+                even = both.mean(0)
                 odd_square = odd_square.to(even.device) + (outputs[0] - even).square()
-                found = torch.stack(outputs).softmax(-1).mean(0) if classifies else None
+                found = both.softmax(-1).mean(0) if classifies else both[..., 1:].exp().mean(0) if predicted else None
                 if mean is None:
-                    mean, square, probs = even, torch.zeros_like(even), found
+                    mean, square, extra = even, torch.zeros_like(even), found
                     continue
                 gap = even - mean
                 mean = mean + gap / count
                 square = square + gap * (even - mean)
-                if probs is not None and found is not None:
-                    probs = probs + (found - probs) / count
+                if extra is not None and found is not None:
+                    extra = extra + (found - extra) / count
         assert mean is not None
         # Of a pair (z+, z-): half the difference has mean zero, half the sum is independent of it.
         variance = square / (count - 1) + odd_square / count
-        return Taught(inputs, output_rows(mean), output_rows(variance), None if probs is None else output_rows(probs))
+        rows = [None if t is None else output_rows(t) for t in (mean, variance, extra)]
+        probs, noise = (rows[2], None) if classifies else (None, rows[2])
+        return Taught(inputs, rows[0], rows[1], probs, total_variance(rows[0], rows[1], info, noise))
 
     def _draws(self, args: Any, kwargs: Any, seed: int) -> Iterator[list[Tensor]]:
         """The output under every draw, with that under its mirror image where there is one."""
@@ -101,27 +122,80 @@ def output_rows(values: Tensor) -> Tensor:
     return values.flatten(0, -2) if values.dim() > 1 else values.reshape(-1, 1)
 
 
-def joined(groups: list[Taught]) -> Taught:
-    """What the teacher says of all groups, without their inputs."""
-    probs = [group.probs for group in groups if group.probs is not None]
-    mean, variance = (torch.cat(parts) for parts in zip(*((g.mean, g.variance) for g in groups), strict=True))
-    return Taught(None, mean, variance, torch.cat(probs) if probs else None)
-
-
-def distance(found: tuple[Tensor, Tensor, Tensor | None], truth: Taught) -> Tensor:
-    """(R,) how far an answer is from the teacher's, in nats: KL of probabilities plus mean KL of output Gaussians.
+def total_variance(mean: Tensor, variance: Tensor, info: PosteriorInfo, noise: Tensor | None = None) -> Tensor | None:
+    """Variance of the observations behind outputs (R, C); (R, 1) of a predicted noise, None for classification.
 
     Args:
-        found: mean and variance (R, C) of the outputs, and class probabilities where there are any.
+        mean: (R, C) of the outputs.
+        variance: (R, C) of the outputs.
+        info: of the posterior.
+        noise: (R, 1) the mean predicted noise variance, where it was averaged over draws.
+    """
+    if info.likelihood == "classification":
+        return None
+    known = None if noise is None else noise.squeeze(-1)
+    total = regression_prediction(mean, variance, info.sigma_noise, noise=known).total
+    return total.unsqueeze(-1) if info.sigma_noise == "predicted" else total
+
+
+def answers(info: PosteriorInfo, correlation: Correlation | None = None) -> Callable[[Tensor, Tensor], Answer]:
+    """From mean and variance (R, C) of outputs with this correlation to a student's answer."""
+
+    def answer(mean: Tensor, variance: Tensor) -> Answer:
+        classifies = info.likelihood == "classification"
+        probs = softmax_link(mean, variance, correlation=correlation) if classifies else None
+        return Answer(mean, variance, probs, total_variance(mean, variance, info))
+
+    return answer
+
+
+def row_correlation(correlation: Correlation | None) -> Correlation | None:
+    """The same for outputs as `output_rows` has them; None for outputs without a last axis."""
+    if correlation is None or correlation.total.dim() < 2:
+        return None
+    features, total = (in_single_precision(output_rows(t)) for t in (correlation.features, correlation.total))
+    return Correlation(features, in_single_precision(correlation.weight), total)
+
+
+def joined_correlation(parts: list[Correlation | None]) -> Correlation | None:
+    """Of all rows, where all have one."""
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
+        return None
+    return Correlation(torch.cat([p.features for p in known]), known[0].weight, torch.cat([p.total for p in known]))
+
+
+def joined(groups: list[Taught]) -> Taught:
+    """What the teacher says of all groups, without their inputs."""
+
+    def whole(field: str) -> Tensor | None:
+        parts = [getattr(group, field) for group in groups]
+        return None if parts[0] is None else torch.cat(parts)
+
+    return Taught(None, *(whole(field) for field in ("mean", "variance", "probs", "total")))  # type: ignore[arg-type]
+
+
+def distance(found: Answer, truth: Taught) -> Tensor:
+    """(R,) how far an answer is from the teacher's, in nats: KL of the predictions plus mean KL of output Gaussians.
+
+    Predictions are class probabilities, or for regression the Gaussians of the observations, the mean over a row's.
+
+    Args:
+        found: the answer.
         truth: the teacher's.
     """
-    mean, variance, probs = found
+    mean, variance, probs = found.mean, found.variance, found.probs
     rounding = (8 * torch.finfo(mean.dtype).eps * truth.mean).square()
     random = truth.variance > rounding.clamp(min=torch.finfo(mean.dtype).tiny)
     true = torch.where(random, truth.variance, variance.detach())
     ratio = true / variance
     divergence = 0.5 * (ratio - 1 - ratio.log() + (truth.mean - mean).square() / variance)
     loss = torch.where(random, divergence, 0.0).mean(-1)
+    if truth.total is not None and found.total is not None:
+        gap = (truth.mean - mean)[..., : truth.total.shape[-1]]
+        least = torch.finfo(mean.dtype).tiny ** 0.5
+        ratio = truth.total.clamp(min=least) / found.total.clamp(min=least)
+        return LATENT * loss + 0.5 * (ratio - 1 - ratio.log() + gap.square() / found.total.clamp(min=least)).mean(-1)
     if truth.probs is None or probs is None:
         return loss
     tiny = torch.finfo(probs.dtype).tiny

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from bayespass.approximation import FAITHFUL, Approximation
 from bayespass.batches import call_arguments, device_of, input_batches
 from bayespass.calibrate.output_variance import OutputVariance, fit_output_variance
-from bayespass.calibrate.teacher import Teacher, joined, output_rows
+from bayespass.calibrate.teacher import Teacher, answers, joined, joined_correlation, output_rows, row_correlation
 from bayespass.curvature.layers import DEFAULT_MEMORY
 from bayespass.curvature.pushforward import PlacedCovariance
 from bayespass.errors import InvalidInput, require_count, require_positive
-from bayespass.link import Link, softmax_link
+from bayespass.link import Correlation, Link, softmax_link
 from bayespass.posterior.base import Posterior
 from bayespass.predict.linearised import in_single_precision, ordinary_inputs
 from bayespass.predict.propagation import SinglePass
@@ -103,15 +103,17 @@ class CorrelatedPass(nn.Module):
             raise InvalidInput(msg)
         self.output_variance = None
         teacher = Teacher(self.model, self.posterior, n_samples)
-        taught, moments = [], []
+        taught, found = [], []
         with torch.inference_mode():
             batches = input_batches(loader, device_of(self.model))
             for index, inputs in enumerate(track(batches, "calibration", show=progress)):
                 args, kwargs = call_arguments(inputs)
-                moments.append([output_rows(t) for t in self._moments(args, kwargs)[:2]])
+                mean, variance, correlation, _ = self._moments(args, kwargs)
+                found.append((output_rows(mean), output_rows(variance), row_correlation(correlation)))
                 taught.append(teacher.taught(inputs, seed + index))
-        mean, variance = (torch.cat(parts) for parts in zip(*moments, strict=True))
-        self.output_variance = fit_output_variance(mean, variance, joined(taught))
+        mean, variance = (torch.cat(parts) for parts in list(zip(*found, strict=True))[:2])
+        answer = answers(self.info, joined_correlation([each[2] for each in found]))
+        self.output_variance = fit_output_variance(mean, variance, joined(taught), answer)
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Prediction:
@@ -120,21 +122,23 @@ class CorrelatedPass(nn.Module):
         Raises:
             InvalidInput: logits without a last axis, or one row exceeds `max_memory`.
         """
-        mean, variance, count = self._moments(args, kwargs)
+        mean, variance, correlation, count = self._moments(args, kwargs)
         kind = "exact" if self._pushed().exact else f"by {self._pushed().n_draws} draws"
         notes = (f"linearised variance of {count} of {mean.shape[-1]} outputs, {kind}",)
         name = f"correlated {self.single_pass.approximation.name}"
         if self.info.likelihood == "regression":
             return regression_prediction(mean, variance, self.info.sigma_noise, name, notes)
-        return ClassificationPrediction(softmax_link(mean, variance, self.link), mean, variance, name, notes)
+        return ClassificationPrediction(
+            softmax_link(mean, variance, self.link, correlation), mean, variance, name, notes
+        )
 
-    def _moments(self, args: Any, kwargs: Any) -> tuple[Tensor, Tensor, int]:
-        """Mean and variance of the output, and how many of a row's outputs are exact.
+    def _moments(self, args: Any, kwargs: Any) -> tuple[Tensor, Tensor, Correlation | None, int]:
+        """Mean, variance and correlation of the output, and how many of a row's outputs are exact.
 
         Raises:
             InvalidInput: logits without a last axis.
         """
-        mean, variance = self.single_pass.moments(*args, **kwargs)
+        mean, variance, correlation = self.single_pass.correlated_moments(*args, **kwargs)
         classifies = self.info.likelihood == "classification"
         if classifies and mean.dim() < 2:
             msg = f"CorrelatedPass needs logits (rows, ..., C); got shape {tuple(mean.shape)}"
@@ -153,7 +157,7 @@ class CorrelatedPass(nn.Module):
         variance = merged(known, places, exact).reshape(mean.shape)
         if self.output_variance is not None:
             variance = self.output_variance(mean, variance)
-        return mean, variance, places.shape[-1]
+        return mean, variance, correlation, places.shape[-1]
 
 
 def merged(variance: Tensor, places: Tensor, exact: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ from bayespass.approximation import FAITHFUL, Approximation, named_approximation
 from bayespass.batches import call_arguments, device_of, model_output
 from bayespass.calibrate.output_variance import OutputVariance
 from bayespass.errors import InvalidInput, MissingRule, UnsupportedOp
-from bayespass.gaussian import Found, GaussianTensor, read, unwrap, wrap
-from bayespass.link import Link, softmax_link
+from bayespass.gaussian import Found, GaussianTensor, read, source_of, unwrap, wrap
+from bayespass.link import Correlation, Link, softmax_link
 from bayespass.moments import Moments, as_moments
 from bayespass.posterior.base import Posterior
 from bayespass.predict.snapshot import check_eval, snapshot
@@ -89,16 +89,24 @@ class SinglePass(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Prediction:
         """The prediction for one batch, called as the model is called."""
-        mean, variance = self.moments(*args, **kwargs)
+        mean, variance, correlation = self.correlated_moments(*args, **kwargs)
         corrected = f", {len(self.dampings)} damped" if self.dampings else ""
         notes = (*self.approximation.drops, f"{len(self.scales)} of {len(self.sites)} sites scaled{corrected}")
         if self.info.likelihood == "regression":
             return regression_prediction(mean, variance, self.info.sigma_noise, self.approximation.name, notes)
-        probs = softmax_link(mean, variance, self.link)
+        probs = softmax_link(mean, variance, self.link, correlation)
         return ClassificationPrediction(probs, mean, variance, self.approximation.name, notes)
 
     def moments(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Mean and variance of the model's output, each of the output's shape.
+
+        Raises:
+            UnsupportedOp: an operation of the model has no rule; the message says where.
+        """
+        return self.correlated_moments(*args, **kwargs)[:2]
+
+    def correlated_moments(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Correlation | None]:
+        """Mean and variance of the model's output, and how its last axis is correlated, if that is known.
 
         Raises:
             UnsupportedOp: an operation of the model has no rule; the message says where.
@@ -109,11 +117,12 @@ class SinglePass(nn.Module):
             output = functional_call(self.model, self.gaussian_parameters(), args, kwargs)
         except UnsupportedOp as error:
             raise type(error)(_located(error, self.model)) from error
-        moments = as_moments(unwrap(model_output(output), []))
+        moments = as_moments(unwrap(model_output(output), [], sources=True))
         variance = torch.zeros_like(moments.mean) if moments.var is None else moments.var
+        correlation = _correlation(moments) if self.approximation.logits == "correlated" else None
         if self.output_variance is not None:
             variance = self.output_variance(moments.mean, variance)
-        return moments.mean, variance
+        return moments.mean, variance, correlation
 
     def gaussian_parameters(self) -> dict[str, Tensor]:
         """The random parameters by name as Gaussian tensors, for `torch.func.functional_call` on `self.model`."""
@@ -131,6 +140,14 @@ class SinglePass(nn.Module):
             return output if self._site_hook is None else self._site_hook(path, output)
 
         return scaled
+
+
+def _correlation(x: Moments) -> Correlation | None:
+    """Of the entries of the last axis, where a linear map has made them and nothing has changed them since."""
+    source = x.source
+    if source is None or x.var is None or source.gain is not None:
+        return None
+    return Correlation(source.var.expand(*x.mean.shape[:-1], -1), source.weight, x.var.expand_as(x.mean))
 
 
 def _refuse_half_autocast(device: torch.device) -> None:
@@ -202,10 +219,11 @@ def scale_output(
     def scaled(leaf: Any) -> Any:
         if not isinstance(leaf, GaussianTensor):
             return leaf
-        x = read(leaf)
+        x = read(leaf, source_of(leaf))
         var, shared, scores = (None if f is None else f * factor for f in (x.var, x.shared, x.scores))
         mean = x.mean if damping is None or var is None else x.mean * _damped(x.mean, var, damping)
-        return wrap(Moments(mean, var, shared, scores), approximation)
+        source = None if x.source is None else x.source._replace(var=x.source.var * factor)
+        return wrap(Moments(mean, var, shared, scores, source), approximation)
 
     return pytree.tree_map(scaled, output)
 
