@@ -24,8 +24,8 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## Train, get a posterior, predict in one pass, compare with Monte Carlo, write output/demo/report.html.
 	$(BIN)/bayespass demo
 
-test: $(READY) ## Run the tests.
-	$(BIN)/python -m pytest
+test: $(READY) ## Run the tests, on two cores.
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 slow-test: $(READY) ## Run the tests that take minutes.
 	$(BIN)/python -m pytest -m slow

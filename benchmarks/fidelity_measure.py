@@ -20,8 +20,9 @@ from torch import Tensor
 
 from bayespass import risk_coverage_curve
 from bayespass.evaluate.proper_scores import log_scores
-from bayespass.link import softmax_link
+from bayespass.link import correlated_softmax_link, softmax_link
 from bayespass.posterior.base import PosteriorInfo
+from bayespass.predict.linearised import covariance_root
 from bayespass.predict.sampling import prediction_from_draws
 from bayespass.prediction import ClassificationPrediction, Prediction, RegressionPrediction, regression_prediction
 from fidelity_tasks import Reference
@@ -72,7 +73,11 @@ def resampled_counts(n_rows: int, block: int = 1, seed: int = 0) -> np.ndarray:
 
 
 def monte_carlo(reference: Reference, info: PosteriorInfo) -> dict[str, list[Prediction]]:
-    """The reference, Monte Carlo of the independent draws in groups, and the ceiling of two moments."""
+    """The reference, Monte Carlo of the independent draws in groups, and two ceilings.
+
+    Both put what the reference's draws say of a row's logits through the library's link: mean and variance of each, as
+    the published methods know them, or mean and covariance.
+    """
     drawn = reference.draws
     found: dict[str, list[Prediction]] = {"mc": [prediction_from_draws(drawn, info, len(drawn))]}
     for size in GROUPS:
@@ -80,10 +85,14 @@ def monte_carlo(reference: Reference, info: PosteriorInfo) -> dict[str, list[Pre
         found[f"mc{size}"] = [prediction_from_draws(part, info, size) for part in parts]
     mean, variance = drawn.mean(0), drawn.var(0)
     if info.likelihood == "classification":
-        ceiling: Prediction = ClassificationPrediction(softmax_link(mean, variance), mean, variance, "moments_link")
-    else:
-        ceiling = regression_prediction(mean, variance, info.sigma_noise, "moments_link")
-    return found | {"moments_link": [ceiling]}
+        centred = drawn - mean
+        covariance = torch.einsum("snk,snl->nkl", centred, centred) / (len(drawn) - 1)
+        together = correlated_softmax_link(mean, covariance_root(covariance))
+        return found | {
+            "moments_link": [ClassificationPrediction(softmax_link(mean, variance), mean, variance)],
+            "covariance_link": [ClassificationPrediction(together, mean, variance)],
+        }
+    return found | {"moments_link": [regression_prediction(mean, variance, info.sigma_noise)]}
 
 
 def rows_of(prediction: Prediction, reference: Prediction, targets: Tensor) -> Rows:

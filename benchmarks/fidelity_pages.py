@@ -40,6 +40,7 @@ NAMES = {
     "shared": "shared",
     "faithful_uncalibrated": "faithful, not calibrated",
     "faithful_sequential": "faithful, fit_scales",
+    "faithful_few_inputs": "faithful, distilled on 50 inputs",
     "faithful": "**faithful, distilled (default)**",
     "correlated": "correlated pass",
     "cascade": "cascade, MC-64 for a tenth",
@@ -51,7 +52,8 @@ NAMES = {
     "mc16": "MC-16",
     "mc64": "MC-64",
     "mc": "MC reference",
-    "moments_link": "ceiling: exact MC moments",
+    "moments_link": "ceiling: exact MC mean and variance",
+    "covariance_link": "ceiling: exact MC mean and covariance",
 }
 Row = dict[str, Any]
 Setting = tuple[str, str, str, float]  # task, test set, kind, scale

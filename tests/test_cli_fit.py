@@ -240,6 +240,16 @@ def test_names_choose_what_is_random_and_the_rest_stays(tmp_path):
 # --- every kind of data ---
 
 
+def test_the_single_pass_can_be_distilled(tmp_path):
+    out = tmp_path / "out"
+    fit("fit_net:digits", "digits.npz", "-o", out, "--epochs", "5", "--map-epochs", "20", "--calibration", "distill")
+    calibration = json.loads((out / "calibration.json").read_text())["scales"]
+    assert "KL to Monte Carlo" in calibration["report"]
+    kept = load_scales(out / "posterior.safetensors")
+    assert dict(kept) == pytest.approx(calibration["factors"])
+    assert kept.dampings == pytest.approx(calibration["dampings"])
+
+
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_tables_are_standardised_and_read_again_in_the_same_way(tmp_path, kind):
     out = tmp_path / "out"

@@ -148,6 +148,10 @@ def test_a_threshold_kept_from_before_and_a_score_of_ones_own():
 
     fitted = Cascade(cheap, expensive, 0.2, third_class).fit(x)
     again = Cascade(cheap, expensive, 0.2, third_class, threshold=fitted.threshold)
+    loaded = Cascade(cheap, expensive, 0.2, third_class)
+    assert loaded.threshold is None
+    loaded.load_state_dict(fitted.state_dict())
+    assert loaded.threshold == fitted.threshold
     torch.testing.assert_close(again(x).probs, fitted(x).probs)
     assert int((third_class(cheap(x)) > again.threshold).sum()) == 12
 

@@ -99,9 +99,11 @@ class Teacher:
         assert mean is not None
         # Of a pair (z+, z-): half the difference has mean zero, half the sum is independent of it.
         variance = square / (count - 1) + odd_square / count
-        rows = [None if t is None else output_rows(t) for t in (mean, variance, extra)]
-        probs, noise = (rows[2], None) if classifies else (None, rows[2])
-        return Taught(inputs, rows[0], rows[1], probs, total_variance(rows[0], rows[1], info, noise))
+        mean, variance = output_rows(mean), output_rows(variance)
+        extra = None if extra is None else output_rows(extra)
+        if classifies:
+            return Taught(inputs, mean, variance, extra)
+        return Taught(inputs, mean, variance, None, total_variance(mean, variance, info, extra))
 
     def _draws(self, args: Any, kwargs: Any, seed: int) -> Iterator[list[Tensor]]:
         """The output under every draw, with that under its mirror image where there is one."""

@@ -12,6 +12,7 @@ import typer
 from bayespass.cli.fit_options import (
     Antithetic,
     BatchSize,
+    Calibration,
     DataPath,
     Device,
     Epochs,
@@ -41,7 +42,7 @@ from bayespass.cli.fit_options import (
     Validation,
     WeightDecay,
 )
-from bayespass.cli.fit_settings import Method, Settings, Start, check, resolve
+from bayespass.cli.fit_settings import Calibrate, Method, Settings, Start, check, resolve
 from bayespass.cli.models import SAFE_WEIGHTS, Model, Weights, open_model
 from bayespass.errors import InvalidInput
 
@@ -78,6 +79,7 @@ def fit_command(
     hessian_structure: Structure = None,
     rows: Projected = None,
     validation: Validation = "0.1",
+    calibration: Calibration = Calibrate.SCALES,
     seed: Seed = 0,
     target: Target = None,
     text: Text = None,
@@ -141,8 +143,8 @@ def fit_command(
     outcome = run(
         network, build, training.to(place), held_out.to(place), settings, output, checkpoint_every, progress=not quiet
     )
-    scales, calibration, figures, more = measure(
-        network, outcome.posterior, held_out.to(place), batch_size, seed, progress=not quiet
+    scales, calibrated, figures, more = measure(
+        network, outcome.posterior, held_out.to(place), batch_size, seed, calibration, progress=not quiet
     )
     network.cpu()
     written = write_model(network, output, folder, recipe)
@@ -165,7 +167,7 @@ def fit_command(
         "notes": [*notes, *outcome.notes, *more],
         "next": _next(model, folder, written, data, output, validation, recipe, compared(outcome.posterior)),
     }
-    write_results(output, recipe, calibration, log)
+    write_results(output, recipe, calibrated, log)
     _tidy(output, CHECKPOINTS)
     _report(log)
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from bayespass.cli.fit_settings import Method
+from bayespass.cli.fit_settings import Calibrate, Method
 
 DataPath = Annotated[
     Path,
@@ -77,6 +77,10 @@ Projected = Annotated[
 ]
 Samples = Annotated[int | None, typer.Option(min=1, help="Weight samples per step. Default: 1, or 2 if antithetic.")]
 Antithetic = Annotated[bool, typer.Option("--antithetic", help="Weight samples in mirrored pairs: less noise.")]
+Calibration = Annotated[
+    Calibrate,
+    typer.Option(help="Of the single pass on validation inputs; distill is closer to Monte Carlo and takes longer."),
+]
 Validation = Annotated[str, typer.Option(help="Share of the rows that is held out, or a file or folder like DATA.")]
 Seed = Annotated[int, typer.Option(help="Seed of random weights, split, order and draws.")]
 Target = Annotated[str | None, typer.Option(help="Column to predict; for npz the array, `targets` by default.")]

@@ -11,9 +11,11 @@ from rich import box
 from rich.table import Table
 from torch import nn
 
+from bayespass.calibrate.distillation import MIN_INPUTS, DistilledScales, distill
 from bayespass.calibrate.temperature import TemperatureScaling
 from bayespass.calibrate.variance_scale import VarianceScales, fit_scales
 from bayespass.cli.data import Data, Recipe, model_classes
+from bayespass.cli.fit_settings import Calibrate
 from bayespass.errors import UnsupportedOp
 from bayespass.evaluate.scores import Scores, evaluate
 from bayespass.files import replacing, write_json
@@ -43,7 +45,14 @@ COLUMNS = {  # name, heading, factor, digits
 
 
 def measure(
-    network: nn.Module, posterior: Posterior, validation: Data, batch_size: int, seed: int, *, progress: bool
+    network: nn.Module,
+    posterior: Posterior,
+    validation: Data,
+    batch_size: int,
+    seed: int,
+    calibration: Calibrate = Calibrate.SCALES,
+    *,
+    progress: bool,
 ) -> tuple[VarianceScales | None, dict[str, Any], dict[str, Any], tuple[str, ...]]:
     """Calibrate on the validation rows and measure the predictors there.
 
@@ -56,6 +65,7 @@ def measure(
         validation: held-out rows, on the network's device.
         batch_size: rows per batch.
         seed: of draws and resamples.
+        calibration: of the single pass; scales where there are too few rows to distill.
         progress: show progress bars.
 
     Returns:
@@ -64,7 +74,7 @@ def measure(
     """
     batches = validation.batches(batch_size)
     rows = validation.select(slice(0, CALIBRATION_ROWS)).batches(min(CALIBRATION_BATCH, batch_size))
-    predictors, scales, notes = _predictors(network, posterior, rows, seed, progress)
+    predictors, scales, notes = _predictors(network, posterior, rows, seed, calibration, progress)
     figures, temperatures = {}, {}
     for name, predictor in predictors.items():
         prediction = predict_dataset(predictor, batches)
@@ -72,7 +82,7 @@ def measure(
         if isinstance(prediction, ClassificationPrediction):
             labels = validation.targets.to(prediction.probs.device)
             temperatures[name] = TemperatureScaling().fit(prediction, labels).temperature_
-    calibration = {
+    calibrated = {
         "rows": len(validation),
         "temperature": temperatures or None,
         "scales": None
@@ -82,13 +92,15 @@ def measure(
             "rows": sum(len(targets) for _, targets in rows),
             "factors": dict(scales),
             "log_standard_errors": {k: _finite(v) for k, v in scales.standard_errors.items()},
+            "dampings": scales.dampings,
+            "report": str(scales.report) if isinstance(scales, DistilledScales) else None,
         },
     }
-    return scales, calibration, figures, notes
+    return scales, calibrated, figures, notes
 
 
 def _predictors(
-    network: nn.Module, posterior: Posterior, rows: list[Any], seed: int, progress: bool
+    network: nn.Module, posterior: Posterior, rows: list[Any], seed: int, calibration: Calibrate, progress: bool
 ) -> tuple[dict[str, nn.Module], VarianceScales | None, tuple[str, ...]]:
     """The predictors that suit a posterior, by name, with the scales of the single pass and notes.
 
@@ -107,7 +119,9 @@ def _predictors(
         return predictors, None, ("predicted by the linearised network only: the draws are for it",)
     scales, notes = None, ()
     try:
-        scales = fit_scales(network, posterior, rows, seed=seed, progress=progress)
+        enough = sum(len(targets) for _, targets in rows) >= MIN_INPUTS
+        fit = distill if calibration is Calibrate.DISTILL and enough else fit_scales
+        scales = fit(network, posterior, rows, seed=seed, progress=progress)
         predictors["single_pass"] = SinglePass(network, posterior, scales=scales)
     except UnsupportedOp as error:
         notes = (f"no single pass: {' '.join(str(error).split())}",)

@@ -31,6 +31,13 @@ class Method(StrEnum):
     MC_DROPOUT = "mc-dropout"
 
 
+class Calibrate(StrEnum):
+    """How the single pass is calibrated."""
+
+    SCALES = "scales"
+    DISTILL = "distill"
+
+
 class Start(StrEnum):
     """What is known of the weights that training starts from."""
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from bayespass.calibrate.variance_scale import VarianceScales, fit_scales
+from bayespass.calibrate.distillation import DistilledScales, distill
+from bayespass.calibrate.variance_scale import fit_scales
 from bayespass.demo.digits import Split, load_digits
 from bayespass.demo.models import SmallCNN, SmallViT
 from bayespass.demo.training import Recipe, train
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 N_CALIBRATION = 200
 BATCH = 256
-PREDICTORS = ("map", "mc4", "mc16", "mc64", "streamlined", "cvp_uncalibrated", "cvp")
+PREDICTORS = ("map", "mc4", "mc16", "mc64", "streamlined", "cvp_uncalibrated", "cvp", "faithful")
 UNANSWERED = 12
 
 # Few images, and IVON long enough that averaging over its posterior visibly beats the mean weights.
@@ -53,7 +54,7 @@ class NetworkResult:
         title: in words.
         model: at the posterior mean, in eval mode.
         posterior: by IVON.
-        scales: fitted for "cvp".
+        scales: distilled for "faithful".
         comparison: on the test images.
         test: the test images.
     """
@@ -62,7 +63,7 @@ class NetworkResult:
     title: str
     model: nn.Module
     posterior: DiagonalGaussian
-    scales: VarianceScales
+    scales: DistilledScales
     comparison: Comparison
     test: Split
 
@@ -81,9 +82,11 @@ def run_network(key: str, seed: int, n_reference: int = 200, *, progress: bool =
     torch.manual_seed(seed)
     model = build()
     posterior = train(model, train_split, recipe, seed, progress=progress)
-    scales = fit_scales(model, posterior, calibration.images, "cvp", seed=seed + 1, progress=progress)
+    cvp = fit_scales(model, posterior, calibration.images, "cvp", seed=seed + 1, progress=progress)
+    scales = distill(model, posterior, calibration.images, seed=seed + 1, progress=progress)
+    calibrated = {"cvp": cvp, "faithful": scales}
     comparison = compare(
-        model, posterior, test.batches(BATCH), PREDICTORS, {"cvp": scales}, n_reference, seed=seed, progress=progress
+        model, posterior, test.batches(BATCH), PREDICTORS, calibrated, n_reference, seed=seed, progress=progress
     )
     return NetworkResult(key, title, model, posterior, scales, comparison, test)
 
@@ -121,7 +124,7 @@ def run_demo(
 def shown_predictions(result: NetworkResult) -> dict[str, ClassificationPrediction]:
     """The predictions that the figures show, by the name in their legend."""
     comparison = result.comparison
-    names = {"MAP": "map", "streamlined": "streamlined", "CVP, one pass": "cvp"}
+    names = {"MAP": "map", "CVP, one pass": "cvp", "faithful, one pass": "faithful"}
     names[f"MC-{comparison.n_reference}"] = comparison.rows[-1].predictor
     return {label: comparison.row(name).prediction for label, name in names.items()}  # type: ignore[misc]
 
@@ -136,12 +139,12 @@ def section(result: NetworkResult) -> Section:
     _draw_least_confident(columns, result)
     n_weights = sum(p.numel() for p in result.model.parameters())
     text = (
-        f"{n_weights:,} weights, all random, trained on {NETWORKS[result.key][2].n_train} images. CVP is calibrated "
-        f"with one variance factor for each of {len(result.scales)} sites, fitted to Monte Carlo on {N_CALIBRATION} "
-        f"unlabelled images."
+        f"{n_weights:,} weights, all random, trained on {NETWORKS[result.key][2].n_train} images. CVP is the published "
+        f"method; faithful is the default. Both are calibrated to Monte Carlo on {N_CALIBRATION} unlabelled images, "
+        f"CVP by one variance factor per site, faithful by distillation."
     )
     curves = "Left: accuracy in bins of confidence. Right: the error rate if only the most confident are answered."
-    images = f"The {UNANSWERED} test images that CVP would rather not answer: its guess and confidence, and the truth."
+    images = f"The {UNANSWERED} test images that one pass would rather not answer: guess, confidence, and the truth."
     return Section(
         result.title.capitalize(), text, result.comparison, [(curves, as_svg(figure)), (images, as_svg(rather_not))]
     )
@@ -158,13 +161,13 @@ def picture(result: NetworkResult) -> "Figure":
     draw_risk_coverage(curves, shown_predictions(result), result.comparison.targets.numpy())
     curves.set_title("Errors if only the most confident digits are answered", fontsize=10)
     places = [figure.add_subplot(grid[row, column]) for row in range(3) for column in range(4, 8)]
-    places[0].set_title("What CVP would rather not answer", fontsize=10, loc="left")
+    places[0].set_title("What one pass would rather not answer", fontsize=10, loc="left")
     _draw_least_confident(places, result)
     return figure
 
 
 def _draw_least_confident(axes: list, result: NetworkResult) -> None:
-    prediction = result.comparison.row("cvp").prediction
+    prediction = result.comparison.row("faithful").prediction
     assert isinstance(prediction, ClassificationPrediction)
     rows = prediction.confidence.argsort()[: len(axes)]
     images = result.test.images[rows, 0].numpy()

@@ -36,7 +36,7 @@ class Cascade(nn.Module):
             `"margin"` (one minus the difference of the two largest probabilities) are those of the class
             probabilities, a mean over positions where a row has several. Or a function of the prediction,
             returning one number per row.
-        threshold: of the score, where it was fitted before; keep it beside the posterior.
+        threshold: of the score, where it was fitted before.
 
     `forward` takes what the model takes and returns one `Prediction` with rows of both; its notes count the rows
     that were sent on in this batch. Which rows go depends on values, so that it neither compiles nor exports
@@ -53,6 +53,8 @@ class Cascade(nn.Module):
         InvalidInput: budget outside [0, 1], an unknown score, a threshold that is not a number, or predictors
             of different likelihoods.
     """
+
+    _threshold: Tensor
 
     def __init__(
         self,
@@ -83,8 +85,14 @@ class Cascade(nn.Module):
         self.score: Score | Callable[[Prediction], Tensor] = score
         if threshold is None and budget in (0, 1):
             threshold = math.inf if budget == 0 else -math.inf
-        self.threshold = threshold
+        self.register_buffer("_threshold", torch.tensor(math.nan if threshold is None else threshold).double())
         self.eval()
+
+    @property
+    def threshold(self) -> float | None:
+        """Of the score, kept in `state_dict`; None before `fit`."""
+        value = float(self._threshold)
+        return None if math.isnan(value) else value
 
     def fit(self, batches: Iterable[Any], *, progress: bool = False) -> "Cascade":
         """Set the threshold that the share `budget` of these inputs exceeds; only `cheap` runs.
@@ -118,7 +126,7 @@ class Cascade(nn.Module):
             msg = f"the score is {float(values[0]):g} for every input; choose another, or another cheap predictor"
             raise InvalidInput(msg)
         above = len(scores) - counts.cumsum(0)[:-1]  # rows that exceed each value
-        self.threshold = float(values[(above - sent).abs().argmin()])
+        self._threshold.fill_(float(values[(above - sent).abs().argmin()]))
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Prediction:
@@ -128,11 +136,12 @@ class Cascade(nn.Module):
             NotFitted: there is no threshold yet.
             InvalidInput: the two predictions are not of one kind and shape.
         """
-        if self.threshold is None:
+        threshold = self.threshold
+        if threshold is None:
             msg = "the cascade has no threshold; call fit(inputs without labels), or pass threshold="
             raise NotFitted(msg)
         first = self.cheap(*args, **kwargs)
-        rows = (self.scores(first) > self.threshold).nonzero()[:, 0]
+        rows = (self.scores(first) > threshold).nonzero()[:, 0]
         note = f"{len(rows)} of {batch_size((args, kwargs))} rows by the expensive predictor"
         if len(rows) == 0:
             return replace(first, method="cascade", notes=(*first.notes, note))
