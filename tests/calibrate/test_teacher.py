@@ -5,7 +5,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 from bayespass import DiagonalGaussian, MonteCarlo, PosteriorInfo
-from bayespass.calibrate.teacher import Teacher, groups_of, split_rows
+from bayespass.calibrate.teacher import (
+    LATENT,
+    Taught,
+    Teacher,
+    answers,
+    distance,
+    groups_of,
+    split_rows,
+    total_variance,
+)
 from bayespass.posterior.empirical import Empirical
 
 
@@ -56,6 +65,36 @@ def test_mirror_images_make_the_mean_more_accurate(network):
 def test_members_have_no_mirror_image(network):
     members = [{n: p.detach() + 0.1 * k for n, p in network.named_parameters()} for k in range(4)]
     assert not Teacher(network, Empirical(members), 20).mirrored
+
+
+def test_a_predicted_noise_is_averaged_over_draws():
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 2)).eval()
+    posterior = isotropic(model, 0.3, PosteriorInfo("regression", sigma_noise="predicted"))
+    inputs = torch.randn(10, 5)
+    with torch.inference_mode():
+        truth = MonteCarlo(model, posterior, 4000, seed=1)(inputs)
+    found = Teacher(model, posterior, 4000).taught(inputs, seed=2)
+    assert found.total is not None
+    assert found.total.shape == (10, 1)
+    torch.testing.assert_close(found.total[:, 0], truth.total, rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("sigma", [0.5, "predicted"])
+def test_the_distance_of_regressions_is_that_of_observations(sigma):
+    """Where noise hides the posterior's part, an error of it hardly counts; a true answer has none."""
+    info = PosteriorInfo("regression", sigma_noise=sigma)
+    mean, variance = torch.zeros(7, 2), torch.full((7, 2), 1e-4)
+    truth = Taught(None, mean, variance, None, total_variance(mean, variance, info))
+    answer = answers(info)
+    torch.testing.assert_close(distance(answer(mean, variance), truth), torch.zeros(7))
+    shifted = mean.clone()
+    shifted[:, 0] = 0.3
+    sigma2 = 0.25 if sigma == 0.5 else 1.0
+    observed = 0.3**2 / (2 * sigma2) / (2 if sigma == 0.5 else 1)  # mean over outputs; a predicted noise has one
+    latent = 0.5 * 0.3**2 / 1e-4 / 2
+    found = distance(answer(shifted, variance), truth)
+    torch.testing.assert_close(found, torch.full((7,), LATENT * latent + observed), rtol=1e-2, atol=0)
 
 
 def test_regression_has_no_probabilities(network):

@@ -251,3 +251,13 @@ def test_half_precision_is_scored_in_single():
 def test_an_approximation_that_shares_over_tokens_has_no_cache():
     with pytest.raises(InvalidInput, match="approximation='cvp'"):
         generate(single_pass(gpt2(), approximation="faithful"), texts(1, 4), max_new_tokens=2)
+
+
+def test_tokens_are_scored_by_what_the_single_pass_predicts():
+    """Also where logits are correlated: the probabilities are those of its `forward`."""
+    predictor, ids = single_pass(gpt2(), approximation="faithful"), texts(2, 5)
+    found = token_uncertainty(predictor, ids)
+    with torch.inference_mode():
+        probs = predictor(input_ids=ids).probs
+    expected = probs[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1).log()
+    torch.testing.assert_close(found.log_prob[:, 1:], expected, rtol=1e-4, atol=1e-4)

@@ -8,9 +8,8 @@ Any decoder with `generate` works (GPT-2, LLaMA, ...); no class is special. Cach
 are Gaussian tensors, so a step costs one token and has the moments of the whole forward pass. Only
 `shared="carry"` differs: it averages over the positions at hand, of which a step sees one.
 
-Assumption: logits of one token are independent Gaussians, see docs/assumptions.md#probabilities.
-How the tokens of a text depend on each other is unknown to the single pass; `SequenceUncertainty`
-states two bounds.
+Assumption: logits of one token are Gaussian, see docs/assumptions.md#probabilities. How the tokens of a text
+depend on each other is unknown to the single pass; `SequenceUncertainty` states two bounds.
 """
 
 import copy
@@ -26,7 +25,7 @@ from torch.func import functional_call
 from bayespass.batches import model_output
 from bayespass.errors import InvalidInput, UnsupportedOp
 from bayespass.gaussian import unwrap
-from bayespass.link import ROW_ELEMENTS, Link, mutual_information, softmax_link
+from bayespass.link import ROW_ELEMENTS, Correlation, Link, mutual_information, softmax_link
 from bayespass.moments import as_moments
 from bayespass.predict.propagation import SinglePass, _located
 from bayespass.predict.sampling import in_single_precision
@@ -150,7 +149,7 @@ def token_uncertainty(
         if takes_positions and "position_ids" not in model_kwargs and not bool(mask[:, 0].all()):
             model_kwargs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad():
-        mean, variance = predictor.moments(input_ids=input_ids, **model_kwargs)
+        mean, variance, correlation = predictor.correlated_moments(input_ids=input_ids, **model_kwargs)
         scored = mask.clone()
         scored[:, 0] = False
         scored[:, 1:] &= mask[:, :-1]
@@ -158,7 +157,8 @@ def token_uncertainty(
         places = scored.nonzero()
         for part in places.split(max(1, ROW_ELEMENTS // mean.shape[-1])):
             row, place = part.unbind(-1)
-            step = Step.of(mean[row, place - 1], variance[row, place - 1], predictor.link)
+            seen = row, place - 1
+            step = Step.of(mean[seen], variance[seen], predictor.link, correlation and correlation.at(*seen))
             for name, values in step.at(input_ids[row, place].unsqueeze(-1)).items():
                 found[name][row, place] = values.squeeze(-1)
     return TokenUncertainty(scored, **found)
@@ -253,10 +253,10 @@ class Step:
     spread: Tensor
 
     @staticmethod
-    def of(mean: Tensor, variance: Tensor, link: Link) -> "Step":
+    def of(mean: Tensor, variance: Tensor, link: Link, correlation: Correlation | None = None) -> "Step":
         """From logit moments (R, V); half precision is worked on in float32."""
         mean, variance = in_single_precision(mean), in_single_precision(variance)
-        probs = softmax_link(mean, variance, link)
+        probs = softmax_link(mean, variance, link, correlation)
         return Step(
             log_probs=probs.clamp(min=torch.finfo(probs.dtype).tiny).log(),
             variance=variance,
