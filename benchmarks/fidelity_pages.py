@@ -208,11 +208,11 @@ def table(head: list[str], lines: list[list[str]]) -> str:
 
 
 def draw_gap_closed(result: dict[str, Any], path: Path) -> None:
-    """A dot for every setting where Monte Carlo helps: the share of the gap that predictors close."""
+    """A dot for every setting where Monte Carlo helps: the share of the gap closed, with the default's interval."""
     summary, settings = result["summary"], settings_of(result["table"])
     plain = [key_of(setting) for setting in settings if setting[1] == "test"]
     keys = [key for key in plain if summary[f"{key}/mc_helps"]]
-    names = [name for name in ("map_temperature", "cvp", "shared", "faithful", "mc16", "moments_link") if keys]
+    names = [name for name in ("map_temperature", "cvp", "faithful", "mc16", "mc64", "moments_link") if keys]
     figure, (axis,) = new_figure(9, 0.9 + 0.28 * max(1, len(keys)))
     for place, key in enumerate(keys):
         for colour, name in zip(COLOURS, names, strict=True):
@@ -220,6 +220,9 @@ def draw_gap_closed(result: dict[str, Any], path: Path) -> None:
             if value is not None:
                 label = NAMES.get(name, name).strip("*") if place == 0 else None
                 axis.plot(min(max(value, -0.5), 1.5), place, "o", color=colour, markersize=5, label=label)
+                if name == "faithful":
+                    ends = [summary[f"{key}/{name}/gap_closed_{end}"] for end in ("low", "high")]
+                    axis.plot([min(max(end, -0.55), 1.55) for end in ends], [place, place], color=colour, zorder=0.5)
     axis.axvline(0, color="#cccccc", linewidth=1, zorder=0)
     axis.axvline(1, color="#cccccc", linewidth=1, zorder=0)
     axis.set(xlim=(-0.55, 1.55), xlabel="share of the gap from MAP to Monte Carlo that is closed")
