@@ -136,7 +136,9 @@ def compare(cell: Cell, store: Store, test: str, targets: Any, info: Any) -> dic
     counts = resampled_counts(len(targets), store.task(cell.task).block)
     by_row = {name: [rows_of(each, truth, targets) for each in own] for name, own in members.items()}
     ranks = resampled_ranks(by_row["mc"][0].spread, counts)
-    found = {name: figures(own, ranks, counts) for name, own in by_row.items()}
+    confidence = by_row["mc"][0].confidence
+    confidence_ranks = None if confidence is None else resampled_ranks(confidence, counts)
+    found = {name: figures(own, ranks, counts, confidence_ranks) for name, own in by_row.items()}
     return derived(found, len(reference.draws))
 
 

@@ -48,6 +48,7 @@ class Rows:
         gap: (N,) squared error of the output's mean, in units of the reference's variance.
         log_ratio: (N,) log variance over the reference's, None without variance.
         confidence: (N,) of the likeliest class, None in regression.
+        same: (N,) 1 where the likeliest class is the reference's, None in regression.
         spread: (N,) variance summed over outputs.
     """
 
@@ -57,6 +58,7 @@ class Rows:
     gap: np.ndarray
     log_ratio: np.ndarray | None
     confidence: np.ndarray | None
+    same: np.ndarray | None
     spread: np.ndarray
 
 
@@ -101,11 +103,13 @@ def rows_of(prediction: Prediction, reference: Prediction, targets: Tensor) -> R
     known = bool((variance > 0).all())
     log_loss = log_scores(prediction, targets).reshape(len(targets), -1).mean(1)
     if isinstance(prediction, ClassificationPrediction):
+        assert isinstance(reference, ClassificationPrediction)
         error = (prediction.labels != targets).double()
         confidence = prediction.probs.double().amax(-1).numpy()
+        same = (prediction.labels == reference.labels).double().numpy()
     else:
         error = (prediction.mean - targets).double().square().reshape(len(targets), -1).mean(1)
-        confidence = None
+        confidence = same = None
     return Rows(
         log_loss=log_loss.numpy(),
         error=error.numpy(),
@@ -113,6 +117,7 @@ def rows_of(prediction: Prediction, reference: Prediction, targets: Tensor) -> R
         gap=((mean - true_mean).square() / true).mean(1).numpy(),
         log_ratio=(variance / true).log().mean(1).numpy() if known else None,
         confidence=confidence,
+        same=same,
         spread=variance.sum(1).numpy(),
     )
 
@@ -139,7 +144,9 @@ def _divergence(reference: Prediction, prediction: Prediction) -> Tensor:
     return (0.5 * (ratio - 1 - ratio.log() + shift)).reshape(len(ratio), -1).mean(1)
 
 
-def figures(members: Sequence[Rows], true_ranks: np.ndarray, counts: np.ndarray) -> dict[str, Values]:
+def figures(
+    members: Sequence[Rows], true_ranks: np.ndarray, counts: np.ndarray, confidence_ranks: np.ndarray | None = None
+) -> dict[str, Values]:
     """Every figure of a predictor for all rows and for every resample; the mean over members, such as MC groups.
 
     Rankings, which are slow, take the first four members.
@@ -148,6 +155,7 @@ def figures(members: Sequence[Rows], true_ranks: np.ndarray, counts: np.ndarray)
         members: predictions, row by row.
         true_ranks: `resampled_ranks` of the reference's spread.
         counts: of `resampled_counts`.
+        confidence_ranks: `resampled_ranks` of the reference's confidence; None in regression.
     """
     weights = counts / counts.sum(1, keepdims=True)
 
@@ -168,6 +176,12 @@ def figures(members: Sequence[Rows], true_ranks: np.ndarray, counts: np.ndarray)
     if members[0].confidence is None:
         return found | {"mse": average([rows.error for rows in members])}
     found["accuracy"] = 1 - average([rows.error for rows in members])
+    found["same_answer"] = average([rows.same for rows in members])  # type: ignore[misc]
+    if confidence_ranks is not None:
+        found["confidence_spearman"] = np.mean(
+            [rank_correlation(rows.confidence, confidence_ranks, counts) for rows in members[:RANKED]],  # type: ignore[arg-type]
+            axis=0,
+        )
     selective = [selective_figures(rows.confidence, rows.error, counts) for rows in members[:RANKED]]  # type: ignore[arg-type]
     return found | {name: np.mean([each[name] for each in selective], axis=0) for name in selective[0]}
 

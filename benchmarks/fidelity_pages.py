@@ -129,6 +129,9 @@ def overview(settings: dict[Setting, dict[str, list[Row]]], summary: dict[str, f
         closed = [value for value in closed if value is not None]
         rows = [row for setting in plain for row in settings[setting].get(name, ())]
         samples = [row["equivalent_samples"][0] for row in rows if row["equivalent_samples"]]
+        ranks, same = (
+            [row[figure][0] for row in rows if row.get(figure)] for figure in ("confidence_spearman", "same_answer")
+        )
         lines.append(
             [
                 NAMES.get(name, name),
@@ -136,9 +139,12 @@ def overview(settings: dict[Setting, dict[str, list[Row]]], summary: dict[str, f
                 f"{min(closed):.0%}" if closed else "",
                 str(len({row["task"] + row["kind"] + str(row["scale"]) for row in rows})),
                 f"{statistics.median(samples):.0f}" if samples else "",
+                f"{statistics.median(ranks):.3f}" if ranks else "",
+                f"{statistics.median(same):.1%}" if same else "",
             ]
         )
     head = ["predictor", "gap closed, median", "worst", "settings", "equivalent MC samples, median"]
+    head += ["rank of confidence, median", "same answer, median"]
     return "### All settings without shift\n\n" + table(head, lines)
 
 
@@ -164,8 +170,8 @@ def task_section(task: str, settings: dict[Setting, dict[str, list[Row]]], summa
             continue
         lines = [line(by_predictor[name], summary, f"{key_of(setting)}/{name}") for name in known(by_predictor)]
         risk = "AURC ×100" if by_predictor["map"][0]["gap_metric"] == "aurc" else "MSE"
-        head = ["predictor", "gap closed", risk, "coverage at 0.5 %", "at 1 %", "NLL", "KL to MC ×1000", "Spearman"]
-        head.append("worth MC-S")
+        head = ["predictor", "gap closed", risk, "coverage at 0.5 %", "at 1 %", "NLL", "KL to MC ×1000", "worth MC-S"]
+        head += ["rank of confidence", "rank of variance"]
         rows = by_predictor["map"][0]["rows"]
         _, test, kind, scale = setting
         parts.append(f"**{kind}, variance ×{scale:g}, {test}** ({rows:,} rows)\n\n" + table(head, lines))
@@ -189,8 +195,9 @@ def line(rows: list[Row], summary: dict[str, float], key: str) -> list[str]:
         shown(rows, "coverage_at_1", 100, 1),
         shown(rows, "nll", 1, 4),
         shown(rows, "kl_to_mc", 1000, 2),
-        shown(rows, "spearman", 1, 2),
         f"{capped}{statistics.median(samples):.0f}" if samples else "",
+        shown(rows, "confidence_spearman", 1, 3),
+        shown(rows, "spearman", 1, 2),
     ]
 
 

@@ -18,6 +18,7 @@ from fidelity_predictors import DEFAULT
 
 Row = dict[str, Any]
 Pooled = dict[str, dict[str, Any]]
+FAITHFUL = ("spearman", "confidence_spearman", "same_answer", "variance_ratio", "mean_error")
 AVERAGED = ("gap_closed", "coverage_at_0.5", "coverage_at_1", "kl_to_mc", "equivalent_samples")
 
 
@@ -78,7 +79,7 @@ def _seed_mean(rows: list[Row], resamples: dict[str, Path]) -> np.ndarray:
 def _figures(rows: list[Row], mean: np.ndarray, means: dict[str, np.ndarray], helps: bool) -> dict[str, float | None]:
     """Means over seeds, their standard deviation, and pooled intervals."""
     found: dict[str, float | None] = {}
-    for figure in (*AVERAGED, "nll", "aurc", "accuracy", "mse", "spearman", "variance_ratio", "mean_error"):
+    for figure in (*AVERAGED, "nll", "aurc", "accuracy", "mse", *FAITHFUL):
         values = [row[figure][0] for row in rows if row.get(figure) is not None and row[figure][0] is not None]
         if values and len(values) == len(rows):
             found[figure] = statistics.median(values) if figure == "equivalent_samples" else statistics.mean(values)

@@ -85,7 +85,8 @@ def measured():
     by_row = {name: [rows_of(each, members["mc"][0], targets) for each in own] for name, own in members.items()}
     counts = resampled_counts(600)
     ranks = resampled_ranks(by_row["mc"][0].spread, counts)
-    return derived({name: figures(own, ranks, counts) for name, own in by_row.items()}, 128)
+    confident = resampled_ranks(by_row["mc"][0].confidence, counts)
+    return derived({name: figures(own, ranks, counts, confident) for name, own in by_row.items()}, 128)
 
 
 def test_equivalent_samples_are_those_of_monte_carlo_itself(measured):
@@ -104,7 +105,9 @@ def test_the_gap_goes_from_map_to_the_reference(measured):
 
 def test_closeness_to_the_reference(measured):
     assert measured["mc"]["kl_to_mc"][0] == pytest.approx(0, abs=1e-7)
-    assert measured["mc"]["spearman"][0] == pytest.approx(1)
+    for figure in ("spearman", "confidence_spearman", "same_answer"):
+        assert measured["mc"][figure][0] == pytest.approx(1)
+        assert measured["mc16"][figure][0] < measured["mc64"][figure][0] < 1
     assert measured["exact"]["variance_ratio"][0] == pytest.approx(1, abs=0.03)
     assert measured["exact"]["mean_error"][0] == pytest.approx(128**-0.5, rel=0.1)  # the reference's own
     assert "variance_ratio" not in measured["map"]
