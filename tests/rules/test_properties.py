@@ -44,7 +44,7 @@ def assert_valid(result, shape, dtype):
 
 @pytest.mark.parametrize("operation", ELEMENTWISE, ids=lambda f: f.__name__)
 @given(x=moments(), approximation=APPROXIMATIONS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_activations(operation, x, approximation):
     result = through_dispatch(operation, (x,), {}, approximation)
     assert_valid(result, x.mean.shape, x.mean.dtype)
@@ -55,7 +55,7 @@ def test_activations(operation, x, approximation):
 
 @pytest.mark.parametrize("operation", ELEMENTWISE, ids=lambda f: f.__name__)
 @given(scale=st.floats(1e-3, 1e3), m=st.floats(-50, 50))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_matched_variance_never_exceeds_what_the_slope_allows(operation, scale, m):
     """Every activation here has a slope of at most 1.13, so the variance is at most 1.28 times the input's."""
     x = Moments(torch.tensor([m], dtype=torch.float64), torch.tensor([scale**2], dtype=torch.float64))
@@ -63,7 +63,7 @@ def test_matched_variance_never_exceeds_what_the_slope_allows(operation, scale, 
 
 
 @given(data=st.data(), approximation=APPROXIMATIONS, dtype=DTYPES, width=st.integers(2, 8), rows=st.integers(1, 3))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_layer_norm(data, approximation, dtype, width, rows):
     x = data.draw(moments((rows, width), dtype, largest=100.0))
     weight = data.draw(moments((width,), dtype, largest=1.0))
@@ -73,7 +73,7 @@ def test_layer_norm(data, approximation, dtype, width, rows):
 
 
 @given(data=st.data(), approximation=APPROXIMATIONS, dtype=DTYPES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_linear_broadcasts_over_any_leading_shape(data, approximation, dtype):
     leading = data.draw(SHAPES)
     x, w = data.draw(moments((*leading, 3), dtype, 10.0)), data.draw(moments((2, 3), dtype, 10.0))
@@ -82,7 +82,7 @@ def test_linear_broadcasts_over_any_leading_shape(data, approximation, dtype):
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_sums_and_products_broadcast_like_torch(data):
     x = data.draw(moments((3, 1, 2), torch.float64, 10.0))
     y = data.draw(moments(data.draw(st.sampled_from([(2,), (4, 1), (1, 4, 2), (3, 4, 2)])), torch.float64, 10.0))
@@ -94,7 +94,7 @@ def test_sums_and_products_broadcast_like_torch(data):
 
 
 @given(data=st.data(), dtype=DTYPES, causal=st.booleans(), tokens=st.integers(1, 5), keys=st.integers(1, 5))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_attention(data, dtype, causal, tokens, keys):
     keys = tokens if causal else keys
     q, k, v = (data.draw(moments((2, n, 3), dtype, 10.0)) for n in (tokens, keys, keys))
@@ -104,13 +104,13 @@ def test_attention(data, dtype, causal, tokens, keys):
 
 
 @given(x=moments(largest=30.0), dim=st.sampled_from([0, -1]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_softmax(x, dim):
     assert_valid(through_dispatch(torch.softmax, (x, dim), {}, CVP), x.mean.shape, x.mean.dtype)
 
 
 @given(data=st.data(), dtype=DTYPES, approximation=APPROXIMATIONS, kernel=st.integers(1, 3), padding=st.integers(0, 1))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_pooling(data, dtype, approximation, kernel, padding):
     padding = min(padding, kernel // 2)
     x = data.draw(moments((2, 2, 5, 4), dtype, 100.0))
@@ -146,7 +146,7 @@ def as_drawn(tree, dtype, mean_scale, var_scale, share):
     approximation=st.sampled_from([STREAMLINED, CVP, SHARED]),
     share=st.sampled_from([0.0, 0.5, 1.0]),
 )
-@settings(max_examples=800, deadline=None, derandomize=True)
+@settings(max_examples=800, derandomize=True)
 @pytest.mark.filterwarnings("ignore")
 def test_every_rule_in_every_precision_and_size(case, dtype, mean_scale, var_scale, approximation, share):
     operation, args, kwargs = case

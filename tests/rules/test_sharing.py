@@ -129,7 +129,7 @@ def test_instance_norm_takes_shared_noise_away():
 
 @given(seed=st.integers(0, 1000), share=st.sampled_from([0.0, 0.3, 1.0]), spread=st.sampled_from([0.0, 1e-8, 1.0, 1e4]),
        dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))  # fmt: skip
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_shared_stays_between_zero_and_the_variance(seed, share, spread, dtype):
     torch.manual_seed(seed)
     model = nn.Sequential(

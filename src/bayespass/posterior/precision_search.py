@@ -1,7 +1,7 @@
 """The prior precision of a linearised posterior by held-out likelihood, where draws scale as alpha^-1/2."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch import Tensor
 from bayespass.calibrate.temperature import TemperatureScaling
 from bayespass.evaluate.proper_scores import log_scores
 from bayespass.posterior.base import PosteriorInfo
-from bayespass.posterior.laplace import PriorTuning
+from bayespass.posterior.prior_tuning import PriorTuning, verdict_on
 from bayespass.predict.sampling import prediction_from_draws
 from bayespass.prediction import ClassificationPrediction, concatenate
 
@@ -44,7 +44,7 @@ def search_precision(
     best = min(range(len(grid)), key=lambda k: scores[k] if math.isfinite(scores[k]) else math.inf)
     at_edge = len(grid) > 1 and best in (0, len(grid) - 1)
     rivals = {"the trained network": map_score, "a temperature": temperature_score}
-    verdict = _verdict(grid[best], scores[best], at_edge, rivals)
+    verdict = verdict_on(grid[best], scores[best], "" if at_edge else None, rivals)
     return PriorTuning(
         "gridsearch", tuple(grid), tuple(scores), grid[best], at_edge, map_score, temperature_score, verdict
     )
@@ -61,18 +61,3 @@ def _score(outputs: Sequence[Tensor], moved: Sequence[Tensor], targets: Sequence
 
 def _mean(parts: list[Tensor]) -> float:
     return float(torch.cat([part.flatten() for part in parts]).mean())
-
-
-def _verdict(best: float, score: float, at_edge: bool, rivals: Mapping[str, float | None]) -> str:
-    parts = [f"prior_precision = {best:.3g}, score {score:.4f}"]
-    if at_edge:
-        parts.append("this is the edge of the grid: widen it, the optimum may lie beyond")
-    known = {name: value for name, value in rivals.items() if value is not None}
-    lost = [f"{name} ({value:.4f})" for name, value in known.items() if value <= score]
-    won = [f"{name} ({value:.4f})" for name, value in known.items()]
-    parts.append(
-        f"the posterior does not beat {' or '.join(lost)} on these data"
-        if lost
-        else f"the posterior beats {' and '.join(won)}"
-    )
-    return "; ".join(parts)

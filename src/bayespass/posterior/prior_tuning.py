@@ -37,6 +37,7 @@ from bayespass.progress import track
 if TYPE_CHECKING:
     from bayespass.posterior.laplace import Laplace
 
+ROUNDING = 1e-6  # of a score, relative
 TuningMethod = Literal["marglik", "gridsearch"]
 DEFAULT_GRID = tuple(10 ** (0.25 * k) for k in range(-16, 25))  # 1e-4 to 1e6
 BISECTIONS = 50
@@ -141,7 +142,7 @@ def tune_prior(
         edge = [path or "the model" for path, value in by_layer.items() if value in ends]
     at_edge = len(values) > 1 and bool(edge)
     where = f" for {', '.join(edge[:3])}{', ...' if len(edge) > 3 else ''}" if by_layer is not None else ""
-    verdict = _verdict(best, score, where if at_edge else None, rivals)
+    verdict = verdict_on(best, score, where if at_edge else None, rivals)
     if at_edge or "does not beat" in verdict:
         warnings.warn(verdict, UserWarning, stacklevel=3)
     found = rivals.get("the MAP network"), rivals.get("a temperature")
@@ -307,13 +308,22 @@ def _rivals(at_mean: Prediction, targets: Tensor) -> dict[str, float | None]:
     return found
 
 
-def _verdict(best: float, score: float, edge: str | None, rivals: Mapping[str, float | None]) -> str:
+def verdict_on(best: float, score: float, edge: str | None, rivals: Mapping[str, float | None]) -> str:
+    """A tuning in words.
+
+    Args:
+        best: prior precision.
+        score: its score; lower is better, and a difference of rounding beats nobody.
+        edge: where the best lies at an end of the grid, "" if there is but one place; None where it does not.
+        rivals: scores of what the posterior should beat, by name.
+    """
     parts = [f"prior_precision = {best:.3g}, score {score:.4f}"]
     if edge is not None:
         parts.append(f"this is the edge of the grid{edge}: widen it, the optimum may lie beyond")
-    if rivals:
-        lost = [f"{name} ({value:.4f})" for name, value in rivals.items() if value is not None and value <= score]
-        won = [f"{name} ({value:.4f})" for name, value in rivals.items() if value is not None]
+    known = {name: value for name, value in rivals.items() if value is not None}
+    if known:
+        lost = [f"{name} ({value:.4f})" for name, value in known.items() if value - score <= ROUNDING * abs(value)]
+        won = [f"{name} ({value:.4f})" for name, value in known.items()]
         parts.append(
             f"the posterior does not beat {' or '.join(lost)} on these data"
             if lost
