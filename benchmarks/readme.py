@@ -34,6 +34,8 @@ def demo_table(result: dict[str, Any]) -> str:
         ]
         for predictor, label in LABELS.items():
             rows = [row for run in runs for row in run["predictors"] if row["predictor"] == predictor]
+            if not rows:  # recorded before the predictor was there
+                continue
             closed = [100 * row["aurc_gap_closed"] for row in rows]
             aurc, nll = (statistics.mean(row["scores"][name]["value"] for row in rows) for name in ("aurc", "nll"))
             kl = [row["agreement"]["kl"] for row in rows if row["agreement"]]
