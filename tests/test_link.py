@@ -233,6 +233,27 @@ def test_own_noise_alone_is_no_correlation(classes):
     torch.testing.assert_close(found, softmax_link(mean, correlation.total), rtol=0.2, atol=0.02)
 
 
+def test_a_large_vocabulary_keeps_the_correlation_of_its_largest_logits():
+    """Beyond the Sobol limit, where a handful competes: a tail of large mass is as independent as it always was."""
+    classes, features = SOBOL_CLASSES + 50, 6
+    generator = torch.Generator().manual_seed(9)
+    mean, weight, correlation = mixed(2, classes, features, 9, own=0.01)
+    mean[:, :5] += 20.0
+    weight[:5] *= 2.0
+    correlation = Correlation(correlation.features, weight, correlation.features @ weight.square().T + 0.01)
+    truth = torch.zeros_like(mean)
+    for _ in range(40):
+        noise = torch.randn(100, 2, features, generator=generator, dtype=mean.dtype)
+        own = 0.1 * torch.randn(100, *mean.shape, generator=generator, dtype=mean.dtype)
+        truth += (mean + noise * correlation.features.sqrt() @ weight.T + own).softmax(-1).mean(0) / 40
+    kl = [
+        float((truth * (truth / softmax_link(mean, correlation.total, correlation=c)).log()).sum(-1).mean())
+        for c in (correlation, None)
+    ]
+    assert kl[0] < 3e-3
+    assert kl[0] < 0.3 * kl[1]
+
+
 def test_noise_that_all_logits_share_changes_nothing():
     mean = torch.tensor([[2.0, 0.0, -1.0]])
     common = Correlation(torch.full((1, 1), 9.0), torch.ones(3, 1), torch.full((1, 3), 9.0))

@@ -41,7 +41,7 @@ from bayespass.calibrate.teacher import (
     distance,
     groups_of,
     joined,
-    joined_correlation,
+    joined_moments,
     output_rows,
     row_correlation,
     split_rows,
@@ -277,8 +277,7 @@ class _Distillation:
         """The last step on the present state, noted under its own name; None where no output has variance."""
         with torch.no_grad():
             found = [self.student.moments(group.inputs) for group in self.training]
-        mean, variance = (torch.cat(parts) for parts in list(zip(*found, strict=True))[:2])
-        correlation = joined_correlation([each[2] for each in found])
+        mean, variance, correlation = joined_moments(found)
         truth = joined(self.training)
         if not (truth.variance > 0).any():
             return None

@@ -4,9 +4,9 @@
 
 What marginals lose of an output's variance depends on the row: noise of attention and features moves
 logits along the directions in which they already stand out. A few numbers of the row tell most of it,
-so that a linear map fitted on a few hundred unlabelled inputs narrows the spread of log(v' / v_MC) by
-about a third (docs/fidelity.md) and costs nothing at prediction. Features and corrections are held
-within what was seen when fitting, so that inputs unlike those are not extrapolated to.
+so that a linear map fitted on a few hundred unlabelled inputs narrows the spread of log(v' / v_MC) and
+costs next to nothing at prediction. Features and corrections are held within what was seen when
+fitting, so that inputs unlike those are not extrapolated to.
 """
 
 from collections.abc import Callable

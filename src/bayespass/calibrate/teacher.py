@@ -159,12 +159,16 @@ def row_correlation(correlation: Correlation | None) -> Correlation | None:
     return Correlation(features, in_single_precision(correlation.weight), total)
 
 
-def joined_correlation(parts: list[Correlation | None]) -> Correlation | None:
-    """Of all rows, where all have one."""
-    known = [part for part in parts if part is not None]
+def joined_moments(
+    parts: list[tuple[Tensor, Tensor, Correlation | None]],
+) -> tuple[Tensor, Tensor, Correlation | None]:
+    """Mean, variance and correlation of all rows; the last where all have one."""
+    mean, variance = (torch.cat([part[k] for part in parts]) for k in (0, 1))  # type: ignore[misc]
+    known = [part[2] for part in parts if part[2] is not None]
     if len(known) < len(parts):
-        return None
-    return Correlation(torch.cat([p.features for p in known]), known[0].weight, torch.cat([p.total for p in known]))
+        return mean, variance, None
+    features, total = torch.cat([p.features for p in known]), torch.cat([p.total for p in known])
+    return mean, variance, Correlation(features, known[0].weight, total)
 
 
 def joined(groups: list[Taught]) -> Taught:

@@ -121,6 +121,8 @@ def _predictors(
     try:
         enough = sum(len(targets) for _, targets in rows) >= MIN_INPUTS
         fit = distill if calibration is Calibrate.DISTILL and enough else fit_scales
+        if fit is fit_scales and calibration is Calibrate.DISTILL:
+            notes = (f"fewer than {MIN_INPUTS} validation rows, too few to distill: fit_scales instead",)
         scales = fit(network, posterior, rows, seed=seed, progress=progress)
         predictors["single_pass"] = SinglePass(network, posterior, scales=scales)
     except UnsupportedOp as error:

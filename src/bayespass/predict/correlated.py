@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from bayespass.approximation import FAITHFUL, Approximation
 from bayespass.batches import call_arguments, device_of, input_batches
 from bayespass.calibrate.output_variance import OutputVariance, fit_output_variance
-from bayespass.calibrate.teacher import Teacher, answers, joined, joined_correlation, output_rows, row_correlation
+from bayespass.calibrate.teacher import Teacher, answers, joined, joined_moments, output_rows, row_correlation
 from bayespass.curvature.layers import DEFAULT_MEMORY
 from bayespass.curvature.pushforward import PlacedCovariance
 from bayespass.errors import InvalidInput, require_count, require_positive
@@ -111,9 +111,8 @@ class CorrelatedPass(nn.Module):
                 mean, variance, correlation, _ = self._moments(args, kwargs)
                 found.append((output_rows(mean), output_rows(variance), row_correlation(correlation)))
                 taught.append(teacher.taught(inputs, seed + index))
-        mean, variance = (torch.cat(parts) for parts in list(zip(*found, strict=True))[:2])
-        answer = answers(self.info, joined_correlation([each[2] for each in found]))
-        self.output_variance = fit_output_variance(mean, variance, joined(taught), answer)
+        mean, variance, correlation = joined_moments(found)
+        self.output_variance = fit_output_variance(mean, variance, joined(taught), answers(self.info, correlation))
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Prediction:
