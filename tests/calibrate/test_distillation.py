@@ -14,7 +14,8 @@ from bayespass import (
     agreement,
     load_scales,
 )
-from bayespass.calibrate.distillation import DAMPED, NONE, SEQUENTIAL, _Student, distill
+from bayespass.calibrate.distillation import DAMPED, NONE, SEQUENTIAL, distill
+from bayespass.calibrate.student import Student
 from bayespass.calibrate.teacher import Teacher, distance
 from bayespass.demo.models import SmallViT
 
@@ -60,7 +61,7 @@ def test_slopes_are_those_of_finite_differences(approximation):
     torch.manual_seed(0)
     model = SmallViT(width=8, depth=1, heads=2).double().eval()
     posterior, images = isotropic(model, 0.1), torch.randn(3, 1, 8, 8, dtype=torch.float64)
-    student = _Student(SinglePass(model, posterior, approximation), images)
+    student = Student(SinglePass(model, posterior, approximation), images)
     truth = Teacher(model, posterior, 20).taught(images, 1)
 
     def loss(logs, dampings):
@@ -77,7 +78,7 @@ def test_no_variance_anywhere_in_a_pool_leaves_slopes_finite():
         first.bias[:2] = -1e6  # type: ignore[index]  # channels that never fire
     model = nn.Sequential(first, nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 3)).eval()
     posterior, images = isotropic(model, 0.1), torch.randn(8, 1, 8, 8)
-    student = _Student(SinglePass(model, posterior, "shared"), images)
+    student = Student(SinglePass(model, posterior, "shared"), images)
     distance(student(images), Teacher(model, posterior, 20).taught(images, 1)).mean().backward()
     for parameter in (student.logs, student.dampings):
         assert parameter.grad is not None

@@ -7,15 +7,16 @@ The student is the single pass with two numbers per site, fitted by Adam through
 
 The damping vanishes with the variance, so that a narrower posterior is corrected less. It gains most
 where the propagated mean is poor; where it gains nothing on held-out inputs it is left out.
-The loss per row, in nats, is
+The loss, in nats, is the mean over rows of
 
     KL(MC || student) of the predictions + mean over outputs of KL(N_MC || N_student),
 
 predictions being class probabilities or Gaussians of the observations, noise included (for these the second term
-counts a tenth: noise hides most of it), plus 0.1 / N times the squared distance of log factors and dampings from
-their start: few inputs move them little. Last, the output's variance is corrected row by row
-(`output_variance.py`). Inputs that are set apart stop the training and choose between no calibration,
-`fit_scales`, distilled factors, factors with dampings, and each with or without the last step.
+counts a tenth: noise hides most of it), plus ten times the mean KL of the Gaussians inside the network, at what its
+blocks and other parts give out (`inside.py`; the ten was chosen on networks of digits), plus 0.1 / N times the
+squared distance of log factors and dampings from their start: few inputs move them little. Last, the output's
+variance is corrected row by row (`output_variance.py`). Inputs that are set apart stop the training and choose
+between no calibration, `fit_scales`, distilled factors, factors with dampings, and each with or without the last step.
 
 Source: single_pass notes 3.7 and 10.
 """
@@ -31,29 +32,24 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from bayespass.approximation import FAITHFUL, Approximation
-from bayespass.batches import batch_size, call_arguments, device_of, input_batches
+from bayespass.batches import batch_size, device_of, input_batches
 from bayespass.calibrate.output_variance import OutputVariance, fit_output_variance
+from bayespass.calibrate.student import Student
 from bayespass.calibrate.teacher import (
     Answer,
     Taught,
     Teacher,
     answers,
-    distance,
     groups_of,
     joined,
     joined_moments,
-    output_rows,
-    row_correlation,
     split_rows,
 )
 from bayespass.calibrate.variance_scale import VarianceScales, fit_scales
 from bayespass.errors import InvalidInput, require_count
 from bayespass.evaluate.agreement import Agreement, agreement
-from bayespass.gaussian import GaussianTensor, read
-from bayespass.link import Correlation
 from bayespass.posterior.base import Posterior
-from bayespass.predict.propagation import SinglePass, scale_output
-from bayespass.predict.sampling import in_single_precision
+from bayespass.predict.propagation import SinglePass
 from bayespass.prediction import ClassificationPrediction, Prediction, RegressionPrediction
 from bayespass.progress import track
 
@@ -76,7 +72,7 @@ class DistillationReport:
         before: faithfulness to Monte Carlo without calibration.
         sequential: with `fit_scales` on the other inputs.
         after: with what was chosen.
-        objectives: held-out loss, in nats, of every candidate.
+        objectives: held-out loss, in nats, of every candidate, parts inside the network included.
         chosen: the candidate of the smallest loss.
         n_inputs: all inputs.
         n_held_out: of which set apart.
@@ -186,14 +182,14 @@ def distill(
         generator = torch.Generator().manual_seed(seed)
         kept, apart = split_rows(batches, HELD_OUT, generator)
         rows = min(batch_rows, math.ceil(sum(map(batch_size, kept)) / N_GROUPS))
-        teacher = Teacher(model, posterior, n_samples)
+        teacher = Teacher(model, posterior, n_samples, inside=True)
         groups = [(part, group) for part in (kept, apart) for group in groups_of(part, rows)]
         drawn = torch.randint(2**31, (len(groups),), generator=generator).tolist()
         taught = [
             (part, teacher.taught(group, draws))
             for (part, group), draws in zip(track(groups, "Monte Carlo", show=progress), drawn, strict=True)
         ]
-        student = _Student(SinglePass(model, posterior, approximation), groups[0][1])
+        student = Student(SinglePass(model, posterior, approximation), groups[0][1])
         sequential = fit_scales(model, posterior, [(part,) for part in kept], approximation, n_samples, drawn[0])
         training = [answer for part, answer in taught if part is kept]
         held_out = [answer for part, answer in taught if part is apart]
@@ -206,7 +202,7 @@ class _Distillation:
     """The training of one student."""
 
     def __init__(
-        self, student: "_Student", training: list[Taught], held_out: list[Taught], generator: torch.Generator
+        self, student: Student, training: list[Taught], held_out: list[Taught], generator: torch.Generator
     ) -> None:
         self.student, self.training, self.held_out, self.generator = student, training, held_out, generator
         self.objectives: dict[str, float] = {}
@@ -260,7 +256,7 @@ class _Distillation:
                 order = torch.randperm(len(self.training), generator=self.generator)
             group, order = self.training[int(order[0])], order[1:]
             optimizer.zero_grad()
-            loss = distance(self.student(group.inputs), group).mean()
+            loss = self.student.loss(group)
             for parameter, origin in zip(parameters, starts, strict=True):
                 loss = loss + pull * (parameter - origin).square().sum()
             loss.backward()
@@ -289,8 +285,8 @@ class _Distillation:
     def _note(self, name: str) -> bool:
         """Keep the present state as this candidate's if none of its own was better."""
         with torch.no_grad():
-            losses = torch.cat([distance(self.student(group.inputs), group) for group in self.held_out])
-        value = float(losses.mean())
+            losses = [self.student.loss(group) * batch_size(group.inputs) for group in self.held_out]
+        value = float(sum(losses)) / sum(batch_size(group.inputs) for group in self.held_out)
         if not value < self.objectives.get(name, math.inf):
             return False
         self.objectives[name] = value
@@ -314,70 +310,6 @@ class _Distillation:
         with torch.no_grad():
             found = [self.student(group.inputs) for group in self.held_out]
         return agreement(_prediction(found), _prediction(self.held_out))
-
-
-class _Student:
-    """The single pass with trainable factors and dampings at its sites."""
-
-    def __init__(self, single_pass: SinglePass, inputs: Any) -> None:
-        self.single_pass = single_pass
-        device = device_of(single_pass.model)
-        self.places = {path: index for index, path in enumerate(single_pass.sites)}
-        self.seen: set[str] = set()
-        self.logs = torch.zeros(len(self.places), device=device, requires_grad=True)
-        self.dampings = torch.zeros(len(self.places), device=device, requires_grad=True)
-        self.output: OutputVariance | None = None
-        single_pass._site_hook = self._corrected
-        with torch.no_grad():
-            self(inputs)
-
-    def __call__(self, inputs: Any) -> Answer:
-        """What it says of every row and position."""
-        mean, variance, correlation = self.moments(inputs)
-        variance = variance if self.output is None else self.output(mean, variance)
-        return answers(self.single_pass.info, correlation)(mean, variance)
-
-    def moments(self, inputs: Any) -> tuple[Tensor, Tensor, Correlation | None]:
-        """Mean and variance (R, C) of the outputs and their correlation, without the last step."""
-        args, kwargs = call_arguments(inputs)
-        *found, correlation = self.single_pass.correlated_moments(*args, **kwargs)
-        mean, variance = (output_rows(in_single_precision(value)) for value in found)
-        variance = variance.clamp(min=torch.finfo(variance.dtype).tiny ** 0.5)  # a slope at no variance
-        return mean, variance, row_correlation(correlation)
-
-    def load(self, scales: Mapping[str, float]) -> None:
-        """Take these factors, and no dampings."""
-        with torch.no_grad():
-            self.dampings.zero_()
-            for path, index in self.places.items():
-                self.logs[index] = math.log(scales.get(path, 1.0))
-
-    def fitted(self, *, scaled: bool, damped: bool) -> tuple[dict[str, float], dict[str, float]]:
-        """Factors and dampings of the sites that carry variance, by path."""
-        factors, dampings = self.logs.detach().exp().tolist(), self.dampings.tolist()
-        paths = [path for path in self.places if path in self.seen]
-        return (
-            {path: factors[self.places[path]] for path in paths} if scaled else {},
-            {path: dampings[self.places[path]] for path in paths} if damped else {},
-        )
-
-    def _corrected(self, path: str, output: Any) -> Any:
-        index = self.places[path]
-        factor, damping = self.logs[index].exp(), self.dampings[index]
-        output = scale_output(output, factor, self.single_pass.approximation, damping)
-        for leaf in pytree.tree_leaves(output):
-            if isinstance(leaf, GaussianTensor):
-                self.seen.add(path)
-                x = read(leaf)
-                for field in (x.mean, x.var, x.shared):
-                    if field is not None and field.requires_grad:
-                        field.register_hook(_finite)
-        return output
-
-
-def _finite(gradient: Tensor | None) -> Tensor | None:
-    """A slope that is infinite, or not defined, as that of a square root at no variance, counts as none."""
-    return None if gradient is None else gradient.nan_to_num(0.0, 0.0, 0.0)
 
 
 def _prediction(groups: Sequence[Answer | Taught]) -> Prediction:

@@ -6,8 +6,9 @@ are used: terms of odd order in the weight noise then cancel exactly in the mean
 error at the same cost (measured on a vision transformer of digits at 100 draws).
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from bayespass.batches import batch_size, call_arguments, model_output, rows_of
+from bayespass.calibrate.inside import Inner, Inside, Place
 from bayespass.curvature.forms import is_symmetric
 from bayespass.link import Correlation, softmax_link
 from bayespass.posterior.base import Posterior, PosteriorInfo
@@ -36,6 +38,7 @@ class Taught:
         probs: (R, C) averaged class probabilities; None for regression.
         total: (R, C) variance of the observations, noise included, (R, 1) where the noise is predicted;
             None for classification.
+        inner: what the parts of the network give out, where the teacher was asked for it.
     """
 
     inputs: Any
@@ -43,6 +46,7 @@ class Taught:
     variance: Tensor
     probs: Tensor | None
     total: Tensor | None = None
+    inner: Inner = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,13 +66,15 @@ class Teacher:
         model: in eval mode; it is copied.
         posterior: over any subset of its parameters.
         n_samples: draws, at least 10; half as many and their mirror images where those are draws too.
+        inside: look at the parts of the network too.
     """
 
-    def __init__(self, model: nn.Module, posterior: Posterior, n_samples: int) -> None:
+    def __init__(self, model: nn.Module, posterior: Posterior, n_samples: int, inside: bool = False) -> None:
         self.model = snapshot(model, posterior)
         self.posterior = posterior
         self.mirrored = is_symmetric(posterior)
         self.n_draws = n_samples // 2 if self.mirrored else n_samples
+        self.inside = Inside(self.model) if inside else None
 
     def taught(self, inputs: Any, seed: int) -> Taught:
         """The teacher's answer for one group of rows.
@@ -80,43 +86,61 @@ class Teacher:
         info = self.posterior.info
         classifies, predicted = info.likelihood == "classification", info.sigma_noise == "predicted"
         args, kwargs = call_arguments(inputs)
-        count, mean, square, odd_square, extra = 0, None, torch.zeros(()), torch.zeros(()), None
+        total, extra, inner = _Running(), None, defaultdict[Place, _Running](_Running)
         with torch.no_grad():
-            for outputs in self._draws(args, kwargs, seed):
-                count += 1
+            for outputs, parts in self._draws(args, kwargs, seed):
+                total.add(outputs)
+                for at, values in parts.items():
+                    inner[at].add(values)
                 both = torch.stack(outputs)
-                even = both.mean(0)
-                odd_square = odd_square.to(even.device) + (outputs[0] - even).square()
                 found = both.softmax(-1).mean(0) if classifies else both[..., 1:].exp().mean(0) if predicted else None
-                if mean is None:
-                    mean, square, extra = even, torch.zeros_like(even), found
-                    continue
-                gap = even - mean
-                mean = mean + gap / count
-                square = square + gap * (even - mean)
-                if extra is not None and found is not None:
-                    extra = extra + (found - extra) / count
-        assert mean is not None
-        # Of a pair (z+, z-): half the difference has mean zero, half the sum is independent of it.
-        variance = square / (count - 1) + odd_square / count
-        mean, variance = output_rows(mean), output_rows(variance)
+                if found is not None:
+                    extra = found if extra is None else extra + (found - extra) / total.count
+        mean, variance = (output_rows(t) for t in total.moments())
         extra = None if extra is None else output_rows(extra)
+        # A part that ran under some draws only is the work of random control flow: it says nothing.
+        seen = {at: part.moments() for at, part in inner.items() if part.count == total.count}
         if classifies:
-            return Taught(inputs, mean, variance, extra)
-        return Taught(inputs, mean, variance, None, total_variance(mean, variance, info, extra))
+            return Taught(inputs, mean, variance, extra, inner=seen)
+        return Taught(inputs, mean, variance, None, total_variance(mean, variance, info, extra), seen)
 
-    def _draws(self, args: Any, kwargs: Any, seed: int) -> Iterator[list[Tensor]]:
-        """The output under every draw, with that under its mirror image where there is one."""
+    def _draws(self, args: Any, kwargs: Any, seed: int) -> Iterator[tuple[list[Tensor], dict[Place, list[Tensor]]]]:
+        """Outputs of the network and of its parts under every draw, with those under its mirror image if it has one."""
 
-        def output(weights: dict[str, Tensor]) -> Tensor:
+        def output(weights: dict[str, Tensor]) -> tuple[Tensor, dict[Place, Tensor]]:
             found = model_output(functional_call(self.model, place(weights, self.model), args, kwargs))
-            return in_single_precision(found)
+            return in_single_precision(found), {} if self.inside is None else self.inside.take()
 
         for draw in self.posterior.sample(self.n_draws, seed):
-            outputs = [output(draw)]
+            runs = [output(draw)]
             if self.mirrored:
-                outputs.append(output({name: 2 * self.posterior.mean[name] - value for name, value in draw.items()}))
-            yield outputs
+                runs.append(output({name: 2 * self.posterior.mean[name] - value for name, value in draw.items()}))
+            shared = [at for at in runs[0][1] if all(at in parts for _, parts in runs)]
+            yield [found for found, _ in runs], {at: [parts[at] for _, parts in runs] for at in shared}
+
+
+class _Running:
+    """Mean and variance over draws, each given alone or with its mirror image."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._mean: Any = 0.0
+        self._square: Any = 0.0
+        self._odd_square: Any = 0.0
+
+    def add(self, outputs: list[Tensor]) -> None:
+        """Take one draw, or a pair."""
+        self.count += 1
+        even = torch.stack(outputs).mean(0)
+        self._odd_square = self._odd_square + (outputs[0] - even).square()
+        gap = even - self._mean
+        self._mean = self._mean + gap / self.count
+        self._square = self._square + gap * (even - self._mean)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and unbiased variance."""
+        # Of a pair (z+, z-): half the difference has mean zero, half the sum is independent of it.
+        return self._mean, self._square / (self.count - 1) + self._odd_square / self.count
 
 
 def output_rows(values: Tensor) -> Tensor:
@@ -174,11 +198,11 @@ def joined_moments(
 def joined(groups: list[Taught]) -> Taught:
     """What the teacher says of all groups, without their inputs."""
 
-    def whole(field: str) -> Tensor | None:
-        parts = [getattr(group, field) for group in groups]
+    def whole(name: str) -> Tensor | None:
+        parts = [getattr(group, name) for group in groups]
         return None if parts[0] is None else torch.cat(parts)
 
-    return Taught(None, *(whole(field) for field in ("mean", "variance", "probs", "total")))  # type: ignore[arg-type]
+    return Taught(None, *(whole(name) for name in ("mean", "variance", "probs", "total")))  # type: ignore[arg-type]
 
 
 def distance(found: Answer, truth: Taught) -> Tensor:
