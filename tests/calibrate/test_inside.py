@@ -19,6 +19,10 @@ def isotropic(model, sd):
     return DiagonalGaussian(mean, {name: torch.full_like(p, sd**2) for name, p in mean.items()})
 
 
+def place(path):
+    return path, 0, 0, torch.Size([5])
+
+
 class Repeated(nn.Module):
     """One part that runs several times."""
 
@@ -35,8 +39,8 @@ class Repeated(nn.Module):
 def test_what_the_teacher_says_of_a_linear_part_is_exact():
     model, inputs = nn.Sequential(nn.Sequential(nn.Linear(6, 4)), nn.Linear(4, 3)).eval(), torch.randn(20, 6)
     taught = Teacher(model, isotropic(model, 0.5), 2000, inside=True).taught(inputs, seed=1)
-    assert list(taught.inner) == [("0", 0, 0)]
-    mean, variance = taught.inner["0", 0, 0]
+    assert list(taught.inner) == [("0", 0, 0, (20, 4))]
+    mean, variance = taught.inner["0", 0, 0, (20, 4)]
     torch.testing.assert_close(mean, model[0](inputs).detach().flatten())
     exact = (0.25 * (inputs.square().sum(1, keepdim=True) + 1)).expand(-1, 4).flatten()
     torch.testing.assert_close(variance, exact, rtol=0.2, atol=0)  # 2,000 draws: sd 3 %
@@ -48,8 +52,8 @@ def test_the_propagation_is_read_at_the_same_entries():
     posterior = isotropic(model, 0.5)
     student = Student(SinglePass(model, posterior), inputs)
     student(inputs)
-    mean, variance = student.inside.take()["0", 0, 0]
-    truth = Teacher(model, posterior, 200, inside=True).taught(inputs, seed=1).inner["0", 0, 0]
+    mean, variance = student.inside.take()["0", 0, 0, (20, 800)]
+    truth = Teacher(model, posterior, 200, inside=True).taught(inputs, seed=1).inner["0", 0, 0, (20, 800)]
     assert mean.shape == truth[0].shape == (MAX_ENTRIES,)
     torch.testing.assert_close(mean, truth[0])
     assert float((variance / truth[1]).mean().detach()) == pytest.approx(1, abs=0.05)
@@ -67,8 +71,8 @@ def test_calls_of_one_part_are_told_apart_and_few(times):
     x = torch.randn(2, 6)
     model(x)
     found = inside.take()
-    assert list(found) == [("part", call, 0) for call in range(min(times, MAX_CALLS))]
-    torch.testing.assert_close(found["part", 1, 0], model.part(model.part(x)).flatten())
+    assert list(found) == [("part", call, 0, (2, 6)) for call in range(min(times, MAX_CALLS))]
+    torch.testing.assert_close(found["part", 1, 0, (2, 6)], model.part(model.part(x)).flatten())
     assert len(inside.take()) == 2  # the two calls by hand: what was taken before is gone
     assert inside.take() == {}
 
@@ -86,6 +90,31 @@ def test_random_control_flow_says_nothing():
     assert Teacher(model, isotropic(model, 1.0), 20, inside=True).taught(torch.randn(5, 6), 1).inner == {}
 
 
+def test_rows_that_draws_route_elsewhere_say_nothing():
+    class Routed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.expert, self.head = nn.Linear(6, 1), nn.Sequential(nn.Linear(6, 6)), nn.Linear(6, 3)
+
+        def forward(self, x):
+            chosen = self.gate(x).squeeze(-1) > 0
+            return self.head(torch.zeros_like(x).index_put((chosen,), self.expert(x[chosen])))
+
+    model = Routed().eval()
+    taught = Teacher(model, isotropic(model, 1.0), 20, inside=True).taught(torch.randn(30, 6), 1)
+    assert taught.inner == {}
+    assert taught.mean.shape == (30, 3)
+
+
+def test_what_the_propagation_takes_for_known_is_left_out():
+    mean, variance = torch.randn(5), torch.rand(5) + 0.1
+    truth = {place(at): (mean, variance) for at in "ab"}
+    found = {place("a"): torch.zeros(5), place("b"): (mean + 1, variance)}
+    alone = inner_distance({place("b"): found[place("b")]}, truth)
+    assert float(alone) > 0
+    torch.testing.assert_close(inner_distance(found, truth), alone)
+
+
 def test_the_distance_is_the_mean_divergence_of_gaussians():
     generator = torch.Generator().manual_seed(0)
     true_mean, mean = torch.randn(2, 50, generator=generator)
@@ -96,9 +125,9 @@ def test_the_distance_is_the_mean_divergence_of_gaussians():
         torch.distributions.Normal(mean, (variance + level).sqrt()),
     ).mean()
     truth = {
-        ("a", 0, 0): (true_mean, true_variance),
-        ("b", 0, 0): (true_mean, torch.zeros(50)),
-        ("c", 0, 0): (true_mean, torch.full((50,), math.inf)),
+        place("a"): (true_mean, true_variance),
+        place("b"): (true_mean, torch.zeros(50)),
+        place("c"): (true_mean, torch.full((50,), math.inf)),
     }
     torch.testing.assert_close(inner_distance(dict.fromkeys(truth, (mean, variance)), truth), exact)
     assert float(inner_distance(truth, truth)) == pytest.approx(0, abs=1e-6)
@@ -108,11 +137,10 @@ def test_the_distance_is_the_mean_divergence_of_gaussians():
 @given(scale=st.floats(1e-12, 1e12), true=st.floats(0, 1e6), own=st.floats(0, 1e6))
 def test_the_distance_is_finite_and_has_no_unit(scale, true, own):
     """Entries without variance, by either, are no reason for an infinite loss."""
-    truth = {("a", 0, 0): (torch.zeros(3), torch.tensor([true, 1.0, 0.0]))}
-    found = {("a", 0, 0): (torch.ones(3), torch.tensor([own, 0.0, 1.0]))}
+    truth = {place("a"): (torch.zeros(3), torch.tensor([true, 1.0, 0.0]))}
+    found = {place("a"): (torch.ones(3), torch.tensor([own, 0.0, 1.0]))}
     scaled = [
-        {place: (scale**0.5 * mean, scale * variance) for place, (mean, variance) in each.items()}
-        for each in (found, truth)
+        {at: (scale**0.5 * mean, scale * variance) for at, (mean, variance) in each.items()} for each in (found, truth)
     ]
     value = float(inner_distance(found, truth))
     assert math.isfinite(value)
@@ -126,7 +154,7 @@ def test_slopes_of_the_loss_are_those_of_finite_differences():
     posterior, images = isotropic(model, 0.1), torch.randn(3, 1, 8, 8, dtype=torch.float64)
     student = Student(SinglePass(model, posterior), images)
     truth = Teacher(model, posterior, 20, inside=True).taught(images, 1)
-    assert [place[0] for place in truth.inner] == ["blocks.0.attention", "blocks.0.mlp", "blocks.0"]
+    assert [at[0] for at in truth.inner] == ["blocks.0.attention", "blocks.0.mlp", "blocks.0"]
 
     def loss(logs, dampings):
         student.logs, student.dampings = logs, dampings

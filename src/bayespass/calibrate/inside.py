@@ -21,7 +21,9 @@ MAX_ENTRIES = 4096  # of a part's output that are kept
 MAX_CALLS = 8  # of a part in one forward pass that are looked at
 FLOOR = 0.1  # of a part's mean variance, added to every variance: entries that hardly vary hardly count
 
-Place = tuple[str, int, int]  # path of the part, number of the call, number of the tensor in its output
+# Path of the part, number of the call, number and shape of the tensor in its output: rows that are routed by what was
+# drawn come in another number every time, and are then no place that all draws have.
+Place = tuple[str, int, int, torch.Size]
 Inner = dict[Place, tuple[Tensor, Tensor]]  # mean and variance of the entries that are kept, (E,) each
 
 
@@ -51,7 +53,7 @@ class Inside:
                 return
             for number, leaf in enumerate(pytree.tree_leaves(output)):
                 if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel():
-                    self._found[path, call, number] = _entries(leaf)
+                    self._found[path, call, number, leaf.shape] = _entries(leaf)
 
         return keep
 
@@ -74,22 +76,23 @@ def _chosen(count: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(count))[:MAX_ENTRIES]
 
 
-def inner_distance(found: Inner, truth: Inner) -> Tensor:
+def inner_distance(found: dict[Place, Any], truth: Inner) -> Tensor:
     """Mean over parts of the mean KL(N_MC || N_found) of their entries, in nats; zero where there is no part.
 
     To both variances a tenth of the mean variance of the part's entries is added. Parts without variance are left out,
-    and those where a draw overflowed.
+    those where a draw overflowed, and those that are no Gaussian in the propagation.
 
     Args:
-        found: by the propagation.
+        found: by the propagation, as `Inside.take` has it.
         truth: by Monte Carlo.
     """
     distances = []
     for place, (true_mean, true_variance) in truth.items():
         level = true_variance.mean()
-        if place not in found or not 0 < level < math.inf:
+        kept = found.get(place)
+        if not isinstance(kept, tuple) or not 0 < level < math.inf:
             continue
-        mean, variance = found[place]
+        mean, variance = kept
         true, own = true_variance + FLOOR * level, variance + FLOOR * level
         ratio = true / own
         distances.append(0.5 * (ratio - 1 - ratio.log() + (true_mean - mean).square() / own).mean())
