@@ -18,6 +18,7 @@ from rich.console import Console
 from bayespass.demo.run import NETWORKS, PREDICTORS, picture, run_demo, run_network
 from bayespass.report.figure import save_png
 from bayespass.report.table import TABLE_WIDTH, comparison_rows, comparison_table
+from readme import shares_closed
 from results import ROOT, write_result
 
 SUMMARISED = ("streamlined", "cvp_uncalibrated", "cvp", "faithful", "mc4", "mc16", "mc64")
@@ -55,23 +56,24 @@ def main() -> None:
     if pictured is not None:
         save_png(picture(pictured), ROOT / "docs" / "images" / "demo.png")
     for name, value in summary.items():
-        console.print(f"{name:40s} {value:.3f}")
+        console.print(f"{name:40s} {'null' if value is None else f'{value:.3f}'}")
 
 
-def summarise(table: list[dict]) -> dict[str, float]:
-    """Means over seeds of every predictor's share of the gap closed and cost, with their spread."""
-    summary: dict[str, float] = {}
+def summarise(table: list[dict]) -> dict[str, float | None]:
+    """Over the seeds of a network: every predictor's share of the gap closed, its cost and its KL to Monte Carlo."""
+    summary: dict[str, float | None] = {}
     for key in NETWORKS:
         runs = [run for run in table if run["network"] == key]
+        shares = shares_closed(runs)
+        summary[f"{key}.gap"] = statistics.mean(run["gap"] for run in runs)
         for predictor in SUMMARISED:
             assert predictor in PREDICTORS
             rows = [row for run in runs for row in run["predictors"] if row["predictor"] == predictor]
-            closed = [row["aurc_gap_closed"] for row in rows]
-            summary[f"{key}.{predictor}.aurc_gap_closed"] = statistics.mean(closed)
-            summary[f"{key}.{predictor}.aurc_gap_closed_sd"] = statistics.stdev(closed) if len(closed) > 1 else 0.0
+            share, error = shares[predictor] or (None, None)
+            summary[f"{key}.{predictor}.aurc_gap_closed"] = share
+            summary[f"{key}.{predictor}.aurc_gap_closed_se"] = error
             summary[f"{key}.{predictor}.cost_ratio"] = statistics.mean(row["cost_ratio"] for row in rows)
             summary[f"{key}.{predictor}.kl_to_mc"] = statistics.mean(row["agreement"]["kl"] for row in rows)
-        summary[f"{key}.gap"] = statistics.mean(run["gap"] for run in runs)
     return summary
 
 

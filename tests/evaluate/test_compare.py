@@ -1,4 +1,5 @@
 import io
+import math
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from rich.console import Console
 from torch import nn
 
 from bayespass import DiagonalGaussian, InvalidInput, MonteCarlo, PosteriorInfo, VarianceScales, compare, evaluate
-from bayespass.report.table import comparison_rows, comparison_table, table_cells
+from bayespass.report.table import comparison_rows, comparison_table, table_caption, table_cells
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +36,7 @@ def test_rows_are_what_they_say(comparison, problem):
     row = comparison.row("mc20")
     torch.testing.assert_close(row.prediction.probs, reference.probs)
     assert row.scores["nll"].value == pytest.approx(evaluate(reference, labels)["nll"].value, rel=1e-5)
-    assert (row.agreement, row.gap_closed) == (None, 1.0)
-    assert comparison.row("map").gap_closed == 0.0
+    assert row.agreement is None
     assert comparison.gap == pytest.approx(comparison.row("map").scores["aurc"].value - row.scores["aurc"].value)
     low, high = comparison.gap_interval
     assert low <= comparison.gap <= high
@@ -69,7 +69,37 @@ def test_tables_show_every_row(comparison):
     assert comparison_table(comparison, "title").row_count == 6
     rows = comparison_rows(comparison)
     assert rows[0]["agreement"]["spearman"] is None
-    assert rows[-1]["aurc_gap_closed"] == 1.0
+    assert {"aurc_gap_closed", "aurc_gap_closed_se"} <= set(rows[-1])
+
+
+def test_no_share_of_a_gap_that_is_not_there(comparison):
+    """The labels come from the mean network, so that averaging over draws has nothing to gain."""
+    assert comparison.gap_interval[0] <= 0
+    assert not comparison.averaging_helps
+    assert all(math.isnan(row.gap_closed) and math.isnan(row.gap_closed_error) for row in comparison.rows)
+    assert comparison_rows(comparison)[0]["aurc_gap_closed"] is None
+    headings, body = table_cells(comparison)
+    assert {cells[headings.index("gap closed %")] for cells in body} == {"–"}
+    assert "does not measurably help" in table_caption(comparison)
+
+
+def test_share_of_the_gap_where_averaging_helps():
+    """Every row's target comes from a draw of its own, which is what Monte Carlo predicts and MAP does not."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1).eval()
+    mean = {name: p.detach() for name, p in model.named_parameters()}
+    posterior = DiagonalGaussian(
+        mean, {name: torch.full_like(p, 0.25) for name, p in mean.items()}, PosteriorInfo("regression", sigma_noise=0.2)
+    )
+    inputs = torch.randn(200, 3)
+    variance = 0.25 * (inputs.square().sum(1, keepdim=True) + 1) + 0.04
+    targets = model(inputs).detach() + variance.sqrt() * torch.randn(200, 1)
+    result = compare(model, posterior, [(inputs, targets)], ("map", "cvp"), n_reference=500, n_bootstrap=50)
+    assert result.averaging_helps
+    assert (result.row("map").gap_closed, result.row("mc500").gap_closed) == (0.0, 1.0)
+    assert result.row("cvp").gap_closed == pytest.approx(1, abs=0.02)  # exact for a linear model, up to 500 draws
+    assert result.row("cvp").gap_closed_error < 0.02
+    assert "averaging helps" in table_caption(result)
 
 
 def test_regression_is_compared_on_nll():

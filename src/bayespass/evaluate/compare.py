@@ -5,6 +5,7 @@ stand side by side but apart, and every cost is a ratio to the deterministic for
 model on the same batch.
 """
 
+import math
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -48,8 +49,9 @@ class ComparisonRow:
         scores: quality, with standard errors over rows; for `mcS` means over groups of draws.
         draw_errors: standard errors of the same figures from the finite number of draws.
         agreement: faithfulness to the Monte-Carlo reference; None for the reference itself.
-        gap_closed: share of the MAP to Monte-Carlo gap that it closes (AURC, or NLL for regression).
-        gap_closed_error: its standard error, by paired bootstrap over rows.
+        gap_closed: share of the MAP to Monte-Carlo gap that it closes (AURC, or NLL for regression); NaN where
+            averaging does not measurably help, see `Comparison.averaging_helps`.
+        gap_closed_error: its standard error, by paired bootstrap over rows; NaN as well.
         cost_ratio: seconds relative to the deterministic forward, same batch and threads.
     """
 
@@ -86,6 +88,11 @@ class Comparison:
     gap_interval: tuple[float, float]
     forward_seconds: float
     batch_rows: int
+
+    @property
+    def averaging_helps(self) -> bool:
+        """Whether the gap's interval lies above zero; elsewhere a share of the gap has no meaning."""
+        return self.gap_interval[0] > 0
 
     def row(self, predictor: str) -> ComparisonRow:
         """The row of this predictor.
@@ -273,17 +280,19 @@ class _Gap:
         return self._metric(self._map, rows) - self._metric(self._truth, rows)
 
     def closed(self, predictions: list[Prediction]) -> tuple[float, float]:
-        """Mean share of the gap that the predictions close, and its standard error over rows."""
+        """Mean share of the gap that the predictions close, and its standard error over rows; NaN without a gap."""
+        if not self.interval[0] > 0:
+            return math.nan, math.nan
         each = [self._losses(prediction) for prediction in predictions]
 
         def closed_on(rows: np.ndarray) -> float:
             gap = self._difference(rows)
             found = float(np.mean([self._metric(losses, rows) for losses in each]))
-            return (self._metric(self._map, rows) - found) / gap if gap != 0 else float("nan")
+            return (self._metric(self._map, rows) - found) / gap if gap != 0 else math.nan
 
         resampled = np.array([closed_on(rows) for rows in self._resamples])
         resampled = resampled[np.isfinite(resampled)]  # a resample without a gap says nothing
-        return closed_on(self._all), float(resampled.std(ddof=1)) if len(resampled) > 1 else float("nan")
+        return closed_on(self._all), float(resampled.std(ddof=1)) if len(resampled) > 1 else math.nan
 
 
 def _costs(mean_network: MeanNetwork, predictors: list[nn.Module], inputs: Any) -> tuple[float, list[float]]:

@@ -133,7 +133,8 @@ def table_caption(comparison: Comparison) -> str:
     """What the numbers are, in two sentences."""
     low, high = (100 * bound if comparison.gap_metric == "aurc" else bound for bound in comparison.gap_interval)
     value = 100 * comparison.gap if comparison.gap_metric == "aurc" else comparison.gap
-    helps = "averaging helps" if low > 0 else "the interval includes zero: averaging does not measurably help here"
+    doubt = "its interval is not above zero: averaging does not measurably help here, and no share of a gap is told"
+    helps = "averaging helps" if comparison.averaging_helps else doubt
     return (
         f"± is one standard error over {len(comparison.targets)} rows; MC-S rows are means over groups of draws; "
         f"cov@r% is the share answered at r % risk. "
