@@ -78,7 +78,8 @@ def demo_table(result: dict[str, Any]) -> str:
     lines.append(
         f"Means over {len(seeds)} seeds (± standard error over seeds), eager, batches of 256 on "
         f"{machine['cores']} CPU cores; cost is relative to the deterministic forward of the same batch. Gap closed is "
-        f"the share of the way from MAP to MC-200, – where averaging over draws does not lower the AURC. `make benchmark-demo` wrote it, from `benchmarks/results/demo.json`."
+        f"the share of the way from MAP to MC-200, – where averaging over draws does not lower the AURC. "
+        f"`make benchmark-demo` wrote it, from `benchmarks/results/demo.json`."
     )
     return "\n".join(lines)
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from bayespass.moments import Moments, add, average, bilinear, move, scale
+from bayespass.moments import Moments, ScoreNoise, add, average, bilinear, move, scale
 
 N, POSITIONS = 200_000, 6
 
@@ -60,9 +60,10 @@ def test_a_deterministic_linear_map_over_features_keeps_the_position_share():
 
 def test_moves_move_every_field():
     _, x = correlated()
-    x = Moments(x.mean, x.var, x.shared[:1], scores=x.var * 2)  # shared broadcasts
+    x = Moments(x.mean, x.var, x.shared[:1], scores=ScoreNoise(x.var * 2, x.var))  # shared broadcasts
     moved = move(torch.Tensor.flip, x, (0,))
-    torch.testing.assert_close(moved.scores, x.scores.flip(0))
+    for found, given in zip(moved.scores, x.scores, strict=True):
+        torch.testing.assert_close(found, given.flip(0))
     assert moved.shared.shape == x.mean.shape
     first, second = move(torch.Tensor.split, x, 3)
     torch.testing.assert_close(torch.cat([first.var, second.var]), x.var)

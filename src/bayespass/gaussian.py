@@ -6,6 +6,7 @@ and so do attributes that would hand out the mean alone: variance is never dropp
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from bayespass.approximation import Approximation
 from bayespass.errors import UnsupportedOp
-from bayespass.moments import Moments, Source, cast
+from bayespass.moments import Factors, Moments, ScoreNoise, Source, cast
 from bayespass.rules.registry import call_rule, in_place_operations, operation_name, rules
 
 # Reads of metadata, the same for the mean and for the pair.
@@ -35,6 +36,49 @@ def _metadata() -> frozenset[Callable[..., Any]]:
 METADATA = _metadata()
 
 
+# The tensors of a `Moments` as attributes, in the order of `_fields`.
+NAMES = tuple(
+    f"gaussian_{name}"
+    for name in (
+        *("mean", "var", "shared", "scores_var", "scores_shared", "source_var", "source_weight", "source_gain"),
+        *(f"{factor}_{field}" for factor in ("query", "key") for field in ("mean", "var", "shared")),
+        "factors_noise",
+    )
+)
+
+
+def _fields(x: Moments) -> tuple[Tensor | None, ...]:
+    """Every tensor of the moments, as `NAMES` has them."""
+    factors: tuple[Tensor | None, ...] = (None,) * 7
+    if x.factors is not None:
+        q, k, noise = x.factors
+        factors = (q.mean, q.var, q.shared, k.mean, k.var, k.shared, noise)
+    return (x.mean, x.var, x.shared, *(x.scores or (None, None)), *(x.source or (None, None, None)), *factors)
+
+
+def _moments(*fields: Tensor | None) -> Moments:
+    """The reverse of `_fields`."""
+    (mean, var, shared, noise, common, of_input, weight, gain, *factors) = fields
+    assert mean is not None
+    return Moments(
+        mean,
+        var,
+        shared,
+        None if noise is None else ScoreNoise(noise, common),
+        None if of_input is None or weight is None else Source(of_input, weight, gain),
+        _factors(*factors),
+    )
+
+
+def _factors(
+    query: Tensor | None, query_var: Tensor | None, query_shared: Tensor | None,
+    key: Tensor | None, key_var: Tensor | None, key_shared: Tensor | None, noise: Tensor | None,
+) -> Factors | None:  # fmt: skip
+    if query is None or key is None:
+        return None
+    return Factors(Moments(query, query_var, query_shared), Moments(key, key_var, key_shared), noise)
+
+
 class Memory:
     """What views of one tensor share: how often an in-place operation changed it."""
 
@@ -47,14 +91,8 @@ Found = list[tuple["GaussianTensor", Moments]]
 class GaussianTensor(Tensor):
     """One `Moments` seen as a tensor, with the approximation of the propagation it belongs to."""
 
-    # The fields are attributes of their own because that is what torch.compile can trace.
+    # Every field is an attribute of its own, named in NAMES, because that is what torch.compile can trace.
     gaussian_mean: Tensor
-    gaussian_var: Tensor | None
-    gaussian_shared: Tensor | None
-    gaussian_scores: Tensor | None
-    gaussian_source_var: Tensor | None
-    gaussian_source_weight: Tensor | None
-    gaussian_source_gain: Tensor | None
     approximation: Approximation
     memory: "Memory | None"
     seen: int
@@ -67,10 +105,8 @@ class GaussianTensor(Tensor):
             cls, mean.shape, strides=mean.stride(), dtype=mean.dtype, device=mean.device, layout=mean.layout
         )
         wrapper.approximation, wrapper.memory, wrapper.seen = approximation, None, 0
-        wrapper.gaussian_mean, wrapper.gaussian_var = moments.mean, moments.var
-        wrapper.gaussian_shared, wrapper.gaussian_scores = moments.shared, moments.scores
-        var, weight, gain = (None, None, None) if moments.source is None else moments.source
-        wrapper.gaussian_source_var, wrapper.gaussian_source_weight, wrapper.gaussian_source_gain = var, weight, gain
+        for name, field in zip(NAMES, _fields(moments), strict=True):
+            setattr(wrapper, name, field)
         return wrapper
 
     def __init__(self, moments: Moments, approximation: Approximation) -> None:  # noqa: ARG002  see __new__
@@ -78,10 +114,8 @@ class GaussianTensor(Tensor):
 
     def store(self, moments: Moments) -> None:
         """Take new moments, as an in-place operation does; views of the same memory become stale."""
-        self.gaussian_mean, self.gaussian_var = moments.mean, moments.var
-        self.gaussian_shared, self.gaussian_scores = moments.shared, moments.scores
-        var, weight, gain = (None, None, None) if moments.source is None else moments.source
-        self.gaussian_source_var, self.gaussian_source_weight, self.gaussian_source_gain = var, weight, gain
+        for name, field in zip(NAMES, _fields(moments), strict=True):
+            setattr(self, name, field)
         if self.memory is not None:
             self.memory.version += 1
             self.seen = self.memory.version
@@ -124,23 +158,11 @@ class GaussianTensor(Tensor):
         raise UnsupportedOp(msg)
 
     def __tensor_flatten__(self) -> tuple[list[str], Approximation]:
-        names = (
-            "gaussian_mean",
-            "gaussian_var",
-            "gaussian_shared",
-            "gaussian_scores",
-            "gaussian_source_var",
-            "gaussian_source_weight",
-            "gaussian_source_gain",
-        )
-        return [name for name in names if getattr(self, name) is not None], self.approximation
+        return [name for name in NAMES if getattr(self, name) is not None], self.approximation
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], context: Approximation, size: Any, stride: Any) -> Any:
-        fields: dict[str, Any] = {name.removeprefix("gaussian_"): t for name, t in inner.items()}
-        parts = [fields.pop(f"source_{name}", None) for name in Source._fields]
-        source = None if parts[0] is None else Source(*parts)
-        return GaussianTensor(Moments(**fields, source=source), context)
+        return GaussianTensor(_moments(*(inner.get(name) for name in NAMES)), context)
 
 
 def _share_memory(source: GaussianTensor, views: Any) -> None:
@@ -158,16 +180,9 @@ def _see_own_view(target: Any, value: Any) -> None:
         target.seen = target.memory.version
 
 
-def read(tensor: GaussianTensor, source: Source | None = None) -> Moments:
-    """The moments that a Gaussian tensor stands for; its source only matters between two operations."""
-    common = (tensor.gaussian_mean, tensor.gaussian_var, tensor.gaussian_shared, tensor.gaussian_scores)
-    return Moments(*common, source)
-
-
-def source_of(tensor: GaussianTensor) -> Source | None:
-    """What the Gaussian tensor was made from, if a linear map made it."""
-    var, weight = tensor.gaussian_source_var, tensor.gaussian_source_weight
-    return None if var is None or weight is None else Source(var, weight, tensor.gaussian_source_gain)
+def read(tensor: GaussianTensor) -> Moments:
+    """The moments that a Gaussian tensor stands for."""
+    return _moments(*(getattr(tensor, name) for name in NAMES))
 
 
 def unwrap(value: Any, found: Found, sources: bool = False) -> Any:
@@ -182,7 +197,9 @@ def unwrap(value: Any, found: Found, sources: bool = False) -> Any:
         for tensor, moments in found:
             if tensor is value:
                 return moments
-        moments = read(value, source_of(value) if sources else None)
+        moments = read(value)
+        if not sources:  # they only matter between two operations
+            moments = replace(moments, source=None, factors=None)
         if value.memory is not None and value.seen != value.memory.version:
             msg = (
                 "a Gaussian tensor is read after its memory was changed in place through another view of it, which "

@@ -13,7 +13,7 @@ The families:
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +34,36 @@ class Source(NamedTuple):
     gain: Tensor | None = None
 
 
+class Factors(NamedTuple):
+    """The queries and keys whose products attention scores are. What scales the scores scales the queries.
+
+    Args:
+        query: (..., T, E).
+        key: (..., S, E).
+        noise: further variance of the scores, (..., T, S), independent from key to key.
+    """
+
+    query: "Moments"
+    key: "Moments"
+    noise: Tensor | None = None
+
+
+class ScoreNoise(NamedTuple):
+    """The noise of the scores behind a softmax.
+
+    Args:
+        var: their variance, independent from key to key.
+        shared: the part of it that all queries have in common; `None` means 0.
+    """
+
+    var: Tensor
+    shared: Tensor | None = None
+
+    def each(self, operation: Callable[[Tensor], Tensor]) -> "ScoreNoise":
+        """The operation on both."""
+        return ScoreNoise(operation(self.var), apply(operation, self.shared))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Moments:
     """Elementwise mean and variance of a tensor of random entries.
@@ -43,11 +73,14 @@ class Moments:
         var: elementwise Var[x] >= 0, same shape; `None` means exactly deterministic.
         shared: the part of `var` that is perfectly correlated across positions,
             0 <= shared <= var, broadcastable to `var`; `None` means 0.
-        scores: on the output of a softmax only: the variance of its scores. Moves, dropout and
+        scores: on the output of a softmax only: the noise of its scores. Moves, dropout and
             casts keep it and the matrix product that follows consumes it, so that attention
             written out and the fused call agree. Everything else reads `var`.
         source: on the output of a linear map and of an activation of it only: what it was made
             from, for the covariance of gated products. Any other operation leaves it behind.
+        factors: on the product of two random tensors only: what it was multiplied from. Scaling,
+            masking, casts and reshapes of leading axes keep it and the softmax that follows
+            consumes it, for the same agreement. Any other operation leaves it behind.
 
     Source: core decision 1.
     """
@@ -55,8 +88,9 @@ class Moments:
     mean: Tensor
     var: Tensor | None = None
     shared: Tensor | None = None
-    scores: Tensor | None = None
+    scores: ScoreNoise | None = None
     source: Source | None = None
+    factors: Factors | None = None
 
 
 def as_moments(value: "Moments | Tensor") -> Moments:
@@ -80,8 +114,9 @@ def cast(x: Moments, dtype: torch.dtype) -> Moments:
     """Every field in the dtype."""
     if x.mean.dtype == dtype:
         return x
-    var, shared, scores = (apply(lambda t: t.to(dtype), field) for field in (x.var, x.shared, x.scores))
-    return Moments(x.mean.to(dtype), var, shared, scores, x.source)
+    var, shared = (apply(lambda t: t.to(dtype), field) for field in (x.var, x.shared))
+    scores = None if x.scores is None else x.scores.each(lambda t: t.to(dtype))
+    return Moments(x.mean.to(dtype), var, shared, scores, x.source, x.factors)
 
 
 STEEPEST = 1e15  # stands for an infinite slope, as of a square root at zero
@@ -124,10 +159,14 @@ def move(operation: Callable[..., Any], x: Moments, *args: Any, **kwargs: Any) -
     def moved(field: Tensor | None) -> Any:
         return None if field is None else operation(field.expand_as(x.mean), *args, **kwargs)
 
+    def together(mean: Tensor, var: Any, shared: Any, noise: Any, common: Any) -> Moments:
+        return Moments(mean, var, shared, None if noise is None else ScoreNoise(noise, common))
+
+    fields = (x.var, x.shared, *(x.scores or (None, None)))
     if isinstance(mean, Tensor):
-        return Moments(mean, moved(x.var), moved(x.shared), moved(x.scores))
-    fields = [moved(field) or [None] * len(mean) for field in (x.var, x.shared, x.scores)]
-    return tuple(Moments(*parts) for parts in zip(mean, *fields, strict=True))
+        return together(mean, *(moved(field) for field in fields))
+    parts = [moved(field) or [None] * len(mean) for field in fields]
+    return tuple(together(*each) for each in zip(mean, *parts, strict=True))
 
 
 def add(a: "Moments | Tensor", b: "Moments | Tensor", alpha: float = 1) -> Moments:
@@ -149,6 +188,25 @@ def scale(x: Moments, gain: "Tensor | float") -> Moments:
     gain = gain.to(mean.dtype) if isinstance(gain, Tensor) else gain  # small integers overflow when squared
     square = gain * gain
     return Moments(mean, apply(lambda v: (v * square).expand_as(mean), x.var), apply(lambda v: v * square, x.shared))
+
+
+def rescaled(x: Moments, gain: "Tensor | float") -> Moments:
+    """`scale` of what may be scores of attention: its factors stay, where the gain is one number per head."""
+    result = scale(x, gain)
+    several = isinstance(gain, Tensor) and gain.dim() > 0 and gain.shape[-2:].numel() > 1
+    if x.factors is None or several or result.mean.shape != x.mean.shape:
+        return result
+    query, key, noise = x.factors
+    return replace(result, factors=Factors(scale(query, gain), key, apply(lambda v: v * gain * gain, noise)))
+
+
+def shifted(x: Moments, y: "Moments | Tensor", alpha: float = 1) -> Moments:
+    """`add` to what may be scores of attention: its factors stay, and the variance of y is further noise."""
+    result, y = add(x, y, alpha), as_moments(y)
+    if x.factors is None or y.factors is not None or result.mean.shape != x.mean.shape:
+        return result
+    noise = total(x.factors.noise, apply(lambda v: v * alpha**2, y.var))
+    return replace(result, factors=x.factors._replace(noise=noise))
 
 
 def bilinear(operation: Callable[[Tensor, Tensor], Tensor], a: "Moments | Tensor", b: "Moments | Tensor") -> Moments:

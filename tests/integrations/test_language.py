@@ -80,6 +80,17 @@ def test_cached_steps_equal_the_uncached_pass(build, attention):
     torch.testing.assert_close(result.whole.log_prob, result.tokens.log_prob.sum(-1))
 
 
+@pytest.mark.parametrize("approximation", ["cvp", "shared", "faithful"])
+@pytest.mark.parametrize("build", [gpt2, llama])
+def test_attention_that_is_written_out_has_the_moments_of_the_fused_call(build, approximation):
+    models = (build(attn_implementation=kind) for kind in ("eager", "sdpa"))
+    written, fused = (
+        single_pass(model, 3e-3, approximation=approximation)(texts(3, 7), use_cache=False) for model in models
+    )
+    torch.testing.assert_close(written.logit_mean, fused.logit_mean, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(written.logit_variance, fused.logit_variance, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("build", [gpt2, llama])
 def test_beams_and_several_samples_follow_their_rows(build):
     predictor = single_pass(build())

@@ -473,10 +473,14 @@ def test_attention_written_out_equals_the_fused_call():
     fused, written = Attention(True).eval(), Attention(False).eval()
     written.load_state_dict(fused.state_dict())
     posterior, x = isotropic(fused, 0.3), torch.randn(2, 5, 8)
-    for approximation in ("streamlined", "cvp"):
+    for approximation in ("streamlined", "cvp", "shared", "faithful"):
         a, b = (propagate(m, posterior, x, approximation) for m in (fused, written))
         torch.testing.assert_close(a.logit_mean, b.logit_mean)
         torch.testing.assert_close(a.logit_variance, b.logit_variance)
+    predictor = SinglePass(written, posterior)
+    with torch.inference_mode():
+        compiled = torch.compile(predictor, fullgraph=True, backend="eager")(x)
+    torch.testing.assert_close(compiled.logit_variance, b.logit_variance)
 
 
 def test_a_softmax_outside_attention_keeps_its_variance():

@@ -112,7 +112,88 @@ def test_grouped_queries_share_a_key_head():
     torch.testing.assert_close(grouped.var, attended(noisy[0], *repeated).var)
 
 
-def test_written_out_attention_keeps_the_mean_weights_and_adds_the_scores_variance():
+def in_place(scores, mask):
+    scores = scores.clone()
+    scores *= 0.5
+    scores += mask
+    return scores
+
+
+SCORES = {  # how networks write scale and mask
+    "divided": lambda scores, mask: scores / 2.0 + mask,
+    "tensor": lambda scores, mask: mask + torch.tensor(0.5, dtype=torch.float64) * scores,
+    "filled": lambda scores, mask: (scores * 0.5).masked_fill(mask < 0, -torch.inf),
+    "chosen": lambda scores, mask: torch.where(mask == 0, scores.mul(0.5), torch.full_like(mask, -torch.inf)),
+    "windows": lambda scores, mask: (scores.view(1, 2, 3, 5, 5) / 2 + mask).view(-1, 3, 5, 5).contiguous(),
+    "in place": in_place,
+    "per head": lambda scores, mask: scores * torch.full((3, 1, 1), 0.5, dtype=torch.float64) + mask,
+}
+
+
+@pytest.mark.parametrize("spelling", SCORES)
+def test_attention_written_out_knows_its_queries_and_keys(spelling):
+    q, k, v = tensors(11, (2, 3, 5, 4), (2, 3, 5, 4), (2, 3, 5, 2))
+    noisy = [Moments(t, var := torch.rand_like(t) / 4, share * var) for t, share in ((q, 0.2), (k, 0.5), (v, 0.7))]
+    mask = torch.zeros(5, 5, dtype=torch.float64).masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
+
+    def written(q, k, v):
+        weights = torch.softmax(SCORES[spelling](q @ k.transpose(-1, -2), mask), dim=-1, dtype=torch.float64)
+        return F.dropout(weights, 0.1, False) @ v
+
+    found, fused = through_dispatch(written, noisy, {}, FAITHFUL), attended(*noisy, attn_mask=mask, scale=0.5)
+    for field in ("mean", "var", "shared"):
+        torch.testing.assert_close(getattr(found, field), getattr(fused, field))
+
+
+def test_a_random_bias_of_the_scores_is_noise_of_the_keys():
+    """Fused or written out, against draws of everything."""
+    q, k, v, bias = tensors(12, (3, 5, 8), (3, 6, 8), (3, 6, 2), (3, 5, 6))
+    noisy = [Moments(t, torch.full_like(t, 0.01)) for t in (q, k, v)] + [Moments(bias, torch.full_like(bias, 0.2))]
+
+    def written(q, k, v, bias):
+        return torch.softmax(q @ k.mT / math.sqrt(8) + bias, -1) @ v
+
+    found = through_dispatch(written, noisy, {}, FAITHFUL)
+    fused = attended(*noisy)
+    torch.testing.assert_close(found.mean, fused.mean)
+    torch.testing.assert_close(found.var, fused.var)
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.stack(
+        [
+            written(*(x.mean + x.var.sqrt() * torch.randn(x.mean.shape, generator=generator, dtype=x.mean.dtype)
+                      for x in noisy))
+            for _ in range(4000)
+        ]
+    )  # fmt: skip
+    mean, var = draws.mean(0), draws.var(0)
+    assert ((found.mean - mean) / var.sqrt()).abs().mean() < 0.05
+    assert ((written(q, k, v, bias) - mean) / var.sqrt()).abs().mean() > 0.07
+    assert (found.var / var).log().abs().mean() < 0.15
+
+
+def test_probabilities_of_scores_vary_about_the_average_score_of_their_query():
+    """What other readers of the softmax see, against draws; noise that is common to all keys is not in it."""
+    q, k = tensors(13, (2, 4, 8), (2, 6, 8))
+    noisy = [Moments(q, torch.full_like(q, 0.05)), Moments(k, torch.full_like(k, 0.02))]
+    found = through_dispatch(lambda q, k: torch.softmax(q @ k.mT / math.sqrt(8), -1), noisy, {}, FAITHFUL)
+    generator = torch.Generator().manual_seed(1)
+    draws = torch.stack(
+        [
+            torch.softmax(
+                (q + 0.05**0.5 * torch.randn(q.shape, generator=generator, dtype=q.dtype))
+                @ (k + 0.02**0.5 * torch.randn(k.shape, generator=generator, dtype=k.dtype)).mT
+                / math.sqrt(8),
+                -1,
+            )
+            for _ in range(4000)
+        ]
+    )
+    assert (found.var / draws.var(0)).log().abs().mean() < 0.15
+    assert ((found.mean - draws.mean(0)) / draws.std(0)).abs().mean() < 0.05
+
+
+def test_a_matrix_of_scores_keeps_the_mean_weights_and_adds_their_variance():
+    """Without a batch axis the second factor may as well be a weight, and the softmax the network's output."""
     q, k, v = tensors(9, (4, 8), (6, 8), (6, 3))
     noisy = [Moments(t, torch.full_like(t, 0.1)) for t in (q, k, v)]
 

@@ -8,7 +8,7 @@ from cases import gaussian, plain
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bayespass.approximation import CVP, SHARED, STREAMLINED
+from bayespass.approximation import CVP, FAITHFUL, SHARED, STREAMLINED
 from bayespass.moments import Moments
 from bayespass.rules.placing import CREATIONS, FILLED, PREDICATES
 from bayespass.rules.registry import module_rule_for
@@ -115,11 +115,12 @@ def test_packed_sequences_give_what_separate_sequences_give():
     assert float(together[1][1, 3:].abs().max()) == 0
 
 
-@pytest.mark.parametrize("approximation", [CVP, STREAMLINED, SHARED], ids=lambda a: a.name)
+@pytest.mark.parametrize("approximation", [CVP, STREAMLINED, SHARED, FAITHFUL], ids=lambda a: a.name)
 @pytest.mark.parametrize("spelling", ["matmul", "einsum", "bmm", "baddbmm"])
 def test_attention_written_out_has_the_moments_of_the_fused_call(approximation, spelling):
     q, k, v = (gaussian(2, 4, 3, seed=i) for i in range(3))
-    v = Moments(v.mean, v.var, 0.5 * v.var if approximation.shared == "carry" else None)
+    if approximation.shared == "carry":
+        q, k, v = (Moments(x.mean, x.var, share * x.var) for x, share in zip((q, k, v), (0.3, 0.6, 0.5), strict=True))
     mask = torch.zeros(4, 4, dtype=torch.float64).masked_fill(torch.ones(4, 4).triu(1).bool(), -torch.inf)
 
     def eager(q, k, v):

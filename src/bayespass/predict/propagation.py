@@ -20,7 +20,7 @@ from bayespass.approximation import FAITHFUL, Approximation, named_approximation
 from bayespass.batches import call_arguments, device_of, model_output
 from bayespass.calibrate.output_variance import OutputVariance
 from bayespass.errors import InvalidInput, MissingRule, UnsupportedOp
-from bayespass.gaussian import Found, GaussianTensor, read, source_of, unwrap, wrap
+from bayespass.gaussian import Found, GaussianTensor, read, unwrap, wrap
 from bayespass.link import Correlation, Link, softmax_link
 from bayespass.moments import Moments, as_moments
 from bayespass.posterior.base import Posterior
@@ -219,8 +219,9 @@ def scale_output(
     def scaled(leaf: Any) -> Any:
         if not isinstance(leaf, GaussianTensor):
             return leaf
-        x = read(leaf, source_of(leaf))
-        var, shared, scores = (None if f is None else f * factor for f in (x.var, x.shared, x.scores))
+        x = read(leaf)
+        var, shared = (None if f is None else f * factor for f in (x.var, x.shared))
+        scores = None if x.scores is None else x.scores.each(lambda t: t * factor)
         mean = x.mean if damping is None or var is None else x.mean * _damped(x.mean, var, damping)
         source = None if x.source is None else x.source._replace(var=x.source.var * factor)
         return wrap(Moments(mean, var, shared, scores, source), approximation)

@@ -5,7 +5,8 @@ rules are exact. What it leaves out is that one weight's noise is common to all 
 rows (docs/assumptions.md#linear-maps); with `shared="carry"` the common part is followed
 (`sharing.py`).
 
-A matrix product that follows a softmax is the second half of attention written out: it consumes the
+A product of two random tensors with batch axes may be the first half of attention written out, so
+that it remembers its factors. One that follows a softmax is the second half: it consumes the
 softmax's `scores` slot and uses `weighted_values` of `attention.py`.
 """
 
@@ -20,7 +21,20 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from bayespass.approximation import Approximation
 from bayespass.errors import UnsupportedOp
-from bayespass.moments import Moments, Source, add, apply, as_moments, average, bilinear, move, scale
+from bayespass.moments import (
+    Factors,
+    Moments,
+    Source,
+    add,
+    apply,
+    as_moments,
+    average,
+    bilinear,
+    move,
+    rescaled,
+    scale,
+    shifted,
+)
 from bayespass.rules.attention import score_noise, weighted_values
 from bayespass.rules.registry import refuse_out, rule
 from bayespass.rules.sharing import after_channels, between, broadcast_noise, weighted
@@ -191,8 +205,9 @@ def baddbmm(
         UnsupportedOp: `out` was given.
     """
     refuse_out(out)
-    product = scale(_product(as_moments(batch1), as_moments(batch2), approximation), alpha)
-    return product if beta == 0 else add(product, scale(as_moments(input), beta))
+    q, k = as_moments(batch1), as_moments(batch2)
+    product = rescaled(_with_factors(_product(q, k, approximation), q, move(Tensor.transpose, k, -1, -2)), alpha)
+    return product if beta == 0 else shifted(product, scale(as_moments(input), beta))
 
 
 @rule(
@@ -212,7 +227,14 @@ def matmul(input: Any, other: Any, *, out: None = None, approximation: Approxima
     refuse_out(out)
     if isinstance(input, Moments) and input.scores is not None:
         return weighted_values(input.mean, as_moments(other), score_noise(input, approximation))
-    return _product(as_moments(input), as_moments(plain_weight(other)), approximation)
+    a, b = as_moments(input), as_moments(plain_weight(other))
+    result = _product(a, b, approximation)
+    return _with_factors(result, a, move(Tensor.transpose, b, -1, -2)) if b.mean.dim() > 2 else result
+
+
+def _with_factors(product: Moments, query: Moments, key: Moments) -> Moments:
+    """The product, which remembers (..., T, E) and (..., S, E): it may be scores of attention."""
+    return replace(product, factors=Factors(query, key))
 
 
 def _product(a: Moments, b: Moments, approximation: Approximation) -> Moments:
@@ -304,7 +326,25 @@ def einsum(equation: str, *operands: Any, approximation: Approximation) -> Momen
         return Moments(result.mean, var, contracted(x.shared.expand_as(x.mean), squared=True))
     a, b = random
     second = bilinear(lambda s, t: contracted(s, t, squared=True), a, b)
-    return Moments(contracted(a.mean, b.mean, squared=False), second.var, second.shared)
+    result = Moments(contracted(a.mean, b.mean, squared=False), second.var, second.shared)
+    axes = _axes_of_scores(equation) if len(operands) == 2 else None
+    if axes is None:
+        return result
+    return _with_factors(result, *(move(Tensor.permute, x, order) for x, order in zip(random, axes, strict=True)))
+
+
+def _axes_of_scores(equation: str) -> tuple[list[int], list[int]] | None:
+    """Orders of axes that give (..., T, E) and (..., S, E), where the equation multiplies queries and keys."""
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    first, second = inputs.split(",")
+    summed = set(first) & set(second) - set(output)
+    if not arrow or "." in equation or len(output) < 3 or len(summed) != 1:
+        return None
+    (*leading, query, key), feature = output, summed.pop()
+    terms = [*leading, query, feature], [*leading, key, feature]
+    if any(sorted(term) != sorted(wanted) for term, wanted in zip((first, second), terms, strict=True)):
+        return None
+    return [first.index(axis) for axis in terms[0]], [second.index(axis) for axis in terms[1]]
 
 
 def _with_one_known_operand(equation: str, operands: list[Any], place: int) -> tuple[str, list[Any], list[int]]:

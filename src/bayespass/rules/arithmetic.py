@@ -5,6 +5,7 @@ Assumption: different tensors are independent. Two names for the same tensor are
 docs/assumptions.md#sums.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,20 @@ from torch.nn import functional as F
 
 from bayespass.approximation import Approximation
 from bayespass.errors import UnsupportedOp
-from bayespass.moments import Moments, add, as_moments, average, bilinear, carry, finite_slope, linearise, scale, total
+from bayespass.moments import (
+    Moments,
+    add,
+    as_moments,
+    average,
+    bilinear,
+    carry,
+    finite_slope,
+    linearise,
+    rescaled,
+    scale,
+    shifted,
+    total,
+)
 from bayespass.rules.activation import sigmoid
 from bayespass.rules.moving import split_with_sources
 from bayespass.rules.registry import Accuracy, in_place, refuse_out, rule
@@ -33,7 +47,8 @@ def addition(
     if input is other:
         return scale(input, 1 + alpha)
     x, y = as_moments(_tensor_like(input, other)), as_moments(_tensor_like(other, input))
-    return add(broadcast_noise(x, y.mean, approximation), broadcast_noise(y, x.mean, approximation), alpha)
+    x, y = broadcast_noise(x, y.mean, approximation), broadcast_noise(y, x.mean, approximation)
+    return shifted(x, y, alpha) if y.factors is None or alpha != 1 else shifted(y, x)
 
 
 @rule(torch.sub, torch.subtract, Tensor.sub, Tensor.subtract, Tensor.__sub__, knows_shared=True)
@@ -66,9 +81,9 @@ def multiplication(input: Any, other: Any, *, out: None = None, approximation: A
     """
     refuse_out(out)
     if not isinstance(input, Moments):
-        return scale(other, input)
+        return rescaled(other, input)
     if not isinstance(other, Moments):
-        return scale(input, other)
+        return rescaled(input, other)
     if input is other:
         return square(input)
     if approximation.shared == "carry" and input.mean.shape != other.mean.shape:
@@ -130,8 +145,7 @@ def division(input: Any, other: Any, *, rounding_mode: str | None = None, out: N
         raise UnsupportedOp(msg)
     x, y = as_moments(_tensor_like(input, other)), as_moments(other) if isinstance(other, Moments) else other
     if not isinstance(y, Moments):
-        scaled = scale(x, 1 / y)
-        return Moments(x.mean / y, scaled.var, scaled.shared)
+        return replace(rescaled(x, 1 / y), mean=x.mean / y)
     if input is other:
         return Moments(torch.ones_like(x.mean))
     inverse = carry(1 / y.mean, lambda t: t / y.mean.square().square(), y)

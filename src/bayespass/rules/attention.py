@@ -15,11 +15,11 @@ score itself, which is several times tau, would flatten the weights far too much
 
 Work goes over queries in parts, so that no T x S matrix of a long sequence is kept.
 
-Written out, the softmax returns the moments of its probabilities together with the variance of its
-scores in `Moments.scores`; the matrix product that follows consumes that slot. It no longer knows
-queries and keys: under "at_mean" the moments are those of the fused call, under "random" the weights
-stay at the mean and every score is taken for independent. Any other reader of the softmax sees its
-ordinary variance.
+Written out, the product of queries and keys remembers both in `Moments.factors`, through scaling,
+masking and casts, and the softmax that follows finds the same weights and noise there. It returns
+the moments of its probabilities together with the noise of its scores in `Moments.scores`, which the
+matrix product that follows consumes: the moments are those of the fused call. Any other reader of
+the softmax sees its ordinary variance.
 
 Source: single_pass notes 3.4 (options A0, A1, A3); the centred variance is derived in docs/assumptions.md.
 """
@@ -35,7 +35,7 @@ from torch.nn import functional as F
 
 from bayespass.approximation import Approximation
 from bayespass.errors import UnsupportedOp
-from bayespass.moments import Moments, apply, as_moments, average, carry, cast, move, total
+from bayespass.moments import Moments, ScoreNoise, apply, as_moments, average, carry, cast, move, total
 from bayespass.rules.registry import Accuracy, refuse_out, rule
 
 LARGEST_SHIFT = 2.0  # of a second-order mean, in nats: beyond it the expansion means nothing
@@ -45,26 +45,42 @@ SCORE_ELEMENTS = 2**23  # scores that are held at once
 @rule(
     torch.softmax, F.softmax, Tensor.softmax, torch.special.softmax, accuracy=Accuracy(0.4, 0.4), knows_shared=True
 )  # fmt: skip
-def softmax(input: Moments, dim: int, dtype: torch.dtype | None = None, *, _stacklevel: int = 3) -> Moments:
+def softmax(
+    input: Moments, dim: int, dtype: torch.dtype | None = None, *, _stacklevel: int = 3, approximation: Approximation
+) -> Moments:  # fmt: skip
     """First order at P = softmax(m), for independent scores: v_i = p_i^2 ((1 - 2 p_i) v_i + sum_j p_j^2 v_j).
 
     Bounds (mean in output sd, variance relative): 0.4 and 0.4 for score sd up to 1; both vanish
-    with the score variance. `scores` carries v for attention written out.
+    with the score variance. `scores` carries v for attention written out. Of scores that are products
+    of random queries and keys it finds what the fused call finds.
     """
-    x = input if dtype is None else move(Tensor.to, input, dtype)
+    x = input if dtype is None else cast(input, dtype)
+    if x.factors is not None and approximation.scores == "random" and dim in (-1, x.mean.dim() - 1):
+        p, noise = _noisy_weights(x.mean, x.factors.query, x.factors.key, 1.0, x.factors.noise)
+        return _as_probabilities(p, noise)
     p = torch.softmax(x.mean, dim)
     p2 = p.square()
 
     def spread(v: Tensor) -> Tensor:
         return p2 * ((1 - 2 * p) * v + (p2 * v).sum(dim, keepdim=True))
 
-    return Moments(p, apply(spread, x.var), apply(lambda s: spread(s.expand_as(p)), x.shared), scores=x.var)
+    scores = None if x.var is None else ScoreNoise(x.var)
+    return Moments(p, apply(spread, x.var), apply(lambda s: spread(s.expand_as(p)), x.shared), scores)
+
+
+def _as_probabilities(p: Tensor, noise: ScoreNoise | None) -> Moments:
+    """Attention weights whose scores vary about the average score of their query: v = p^2 tau."""
+    if noise is None:
+        return Moments(p)
+    return Moments(p, p.square() * noise.var, apply(lambda s: p.square() * s, noise.shared), noise)
 
 
 @rule(F.softmin, accuracy=Accuracy(0.4, 0.4), knows_shared=True)
-def softmin(input: Moments, dim: int, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Moments:
+def softmin(
+    input: Moments, dim: int, _stacklevel: int = 3, dtype: torch.dtype | None = None, *, approximation: Approximation
+) -> Moments:  # fmt: skip
     """softmax(-x), bounds 0.4 and 0.4."""
-    return softmax(replace(input, mean=-input.mean), dim, dtype)
+    return softmax(replace(input, mean=-input.mean, factors=None), dim, dtype, approximation=approximation)
 
 
 @rule(
@@ -109,10 +125,12 @@ def logsumexp(input: Moments, dim: Any, keepdim: bool = False, *, out: None = No
 def weighted_values(
     weights: Tensor,
     values: Moments,
-    noise: Tensor | None = None,
+    noise: ScoreNoise | None = None,
     mix: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
 ) -> Moments:
     """P V: v = P^2 v_V + sum_j P_j^2 tau_j ((V_j - o)^2 + v_V), shared variance through (P sqrt(shared))^2.
+
+    What all queries have in common of tau moves the outputs of all positions and adds to what they share.
 
     Args:
         weights: (..., T, S), rows sum to one.
@@ -126,15 +144,20 @@ def weighted_values(
     result = average(lambda t: mix(weights, t), lambda t: mix(squares, t), values)
     if noise is None:
         return result
-    gain = squares * noise
     o, m = result.mean, values.mean
-    moved = mix(gain, m.square()) - 2 * o * mix(gain, m) + o.square() * mix(gain, torch.ones_like(m))
-    both = apply(lambda v: mix(gain, v), values.var)
-    return Moments(o, total(result.var, moved.clamp(min=0), both), result.shared)
+
+    def moved(gain: Tensor) -> Tensor:
+        return (mix(gain, m.square()) - 2 * o * mix(gain, m) + o.square() * mix(gain, torch.ones_like(m))).clamp(min=0)
+
+    gain = squares * noise.var
+    var = total(result.var, moved(gain), apply(lambda v: mix(gain, v), values.var))
+    assert var is not None
+    shared = total(result.shared, apply(lambda common: moved(squares * common), noise.shared))
+    return Moments(o, var, None if shared is None else torch.minimum(shared, var))
 
 
-def score_noise(weights: Moments, approximation: Approximation) -> Tensor | None:
-    """The variance of the scores behind the output of a softmax, where the approximation follows it."""
+def score_noise(weights: Moments, approximation: Approximation) -> ScoreNoise | None:
+    """The noise of the scores behind the output of a softmax, where the approximation follows it."""
     return weights.scores if approximation.scores == "random" else None
 
 
@@ -177,16 +200,17 @@ def scaled_dot_product_attention(
         msg = "no Gaussian rule for attention dropout; call model.eval() before predicting"
         raise UnsupportedOp(msg)
     q, k, values = as_moments(query), as_moments(key), as_moments(value)
-    mask = None if attn_mask is None else as_moments(attn_mask).mean
-    if approximation.scores == "at_mean" or (q.var is None and k.var is None):
-        q, k = Moments(q.mean), Moments(k.mean)
-        if values.var is None:
-            v = values.mean
-            return Moments(
-                F.scaled_dot_product_attention(
-                    q.mean, k.mean, v, mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
-                )
+    mask = None if attn_mask is None else as_moments(attn_mask)
+    if approximation.scores == "at_mean":
+        q, k, mask = Moments(q.mean), Moments(k.mean), None if mask is None else Moments(mask.mean)
+    if q.var is None and k.var is None and values.var is None and (mask is None or mask.var is None):
+        bias = None if mask is None else mask.mean
+        v = values.mean
+        return Moments(
+            F.scaled_dot_product_attention(
+                q.mean, k.mean, v, bias, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
             )
+        )
     if enable_gqa:
         groups = q.mean.shape[-3] // k.mean.shape[-3]
         k, values = (move(Tensor.repeat_interleave, x, groups, -3) for x in (k, values))
@@ -194,9 +218,9 @@ def scaled_dot_product_attention(
 
 
 def attend(
-    q: Moments, k: Moments, values: Moments, mask: Tensor | None, is_causal: bool, scale: float | None
+    q: Moments, k: Moments, values: Moments, mask: Moments | None, is_causal: bool, scale: float | None
 ) -> Moments:
-    """softmax(q k^T scale + mask) V, a part of the queries at a time; q and k count as far as they have variance.
+    """softmax(q k^T scale + mask) V, a part of the queries at a time; q, k and mask count as far as they have variance.
 
     Args:
         q: (..., T, E).
@@ -215,10 +239,16 @@ def attend(
     size = n_queries if torch.compiler.is_compiling() else max(1, SCORE_ELEMENTS // max(1, per_query))
     parts = []
     for start in range(0, n_queries, max(1, size)):
+
+        def of_part(t: Tensor, start: int = start) -> Tensor:
+            return t if t.dim() < 2 or t.shape[-2] == 1 else t[..., start : start + size, :]
+
         part = move(Tensor.narrow, q, -2, start, min(size, n_queries - start))
-        seen = mask if mask is None or mask.dim() < 2 or mask.shape[-2] == 1 else mask[..., start : start + size, :]
+        seen = None if mask is None else of_part(mask.mean)
         scores = masked_scores(part.mean, k.mean, seen, start if is_causal else None, factor)
-        parts.append(_attended(part, k, values, scores, factor))
+        known = None if mask is None else apply(of_part, mask.var)
+        p, noise = _noisy_weights(scores, part, k, factor, known)
+        parts.append(weighted_values(p, values, noise))
     return cast(parts[0] if len(parts) == 1 else _joined(parts), dtype)
 
 
@@ -232,23 +262,36 @@ def _joined(parts: list[Moments]) -> Moments:
     return Moments(torch.cat([part.mean for part in parts], -2), whole("var"), whole("shared"))
 
 
-def _attended(q: Moments, k: Moments, values: Moments, scores: Tensor, scale: float) -> Moments:
-    """The attention of some queries, (..., T, S) scores at the mean given."""
+def _noisy_weights(
+    scores: Tensor, q: Moments, k: Moments, scale: float, further: Tensor | None = None
+) -> tuple[Tensor, ScoreNoise | None]:
+    """Attention weights softmax(s + tau / 2) and the noise tau of their scores, `None` where they have none.
+
+    Args:
+        scores: (..., T, S) at the mean, masked.
+        q: (..., T, E).
+        k: (..., S, E).
+        scale: factor of the scores.
+        further: (..., T, S) variance of what was added to the scores, independent from key to key.
+    """
+    if scores.dtype in (torch.float16, torch.bfloat16):
+        p, noise = _noisy_weights(scores.float(), cast(q, torch.float32), cast(k, torch.float32), scale, further)
+        return p.to(scores.dtype), noise
     p = weights_of(scores)
     of_query, of_key = _centred_noise(q, k, p, scale)
+    of_key = total(of_key, further)
     if of_query is None and of_key is None:
-        return weighted_values(p, values)
+        return p, None
     shift = total(of_query, None if of_key is None else of_key * (1 - 2 * p))
+    noise = total(of_query, of_key)
     assert shift is not None
+    assert noise is not None
     p = weights_of(scores + (shift / 2).clamp(max=LARGEST_SHIFT))
-    result = weighted_values(p, values, total(of_query, of_key))
-    if q.shared is None or q.var is None or result.var is None:
-        return result
+    if of_query is None or q.shared is None or q.var is None:
+        return p, ScoreNoise(noise)
     # What queries share moves the outputs of all positions: the same part of what the query's noise adds.
-    moved = weighted_values(p, Moments(values.mean), of_query).var
     part = q.shared.sum(-1, keepdim=True) / q.var.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
-    shared = total(result.shared, None if moved is None else moved * part)
-    return Moments(result.mean, result.var, None if shared is None else torch.minimum(shared, result.var))
+    return p, ScoreNoise(noise, of_query * part)
 
 
 def _centred_noise(q: Moments, k: Moments, p: Tensor, scale: float) -> tuple[Tensor | None, Tensor | None]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bayespass.errors import UnsupportedOp
-from bayespass.moments import Moments, move
+from bayespass.moments import Factors, Moments, apply, move
 from bayespass.rules.registry import rule
 
 
@@ -73,8 +73,32 @@ def split_with_sources(x: Moments, function: Callable[..., Any], *args: Any, **k
     return tuple(replace(part, source=x.source._replace(weight=weight)) for part, weight in pairs)
 
 
+CASTS = {
+    Tensor.contiguous, Tensor.clone, Tensor.detach, Tensor.to, Tensor.type, Tensor.type_as, Tensor.float, Tensor.double,
+    Tensor.half, Tensor.bfloat16,
+}  # fmt: skip
+RESHAPES = {Tensor.reshape, Tensor.view, Tensor.view_as, Tensor.reshape_as, Tensor.flatten, Tensor.unflatten}
+
+
 def _moved(x: Moments, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return move(function, x, *args, **kwargs)
+    result = move(function, x, *args, **kwargs)
+    if x.factors is None or not isinstance(result, Moments):
+        return result
+    if function in CASTS:
+        return replace(result, factors=x.factors)
+    if function in RESHAPES and result.mean.shape[-2:] == x.mean.shape[-2:]:
+        return replace(result, factors=_regrouped(x.factors, x.mean.shape[:-2], result.mean.shape[:-2]))
+    return result
+
+
+def _regrouped(factors: Factors, leading: torch.Size, wanted: torch.Size) -> Factors:
+    """The factors of scores whose axes before the last two were reshaped."""
+
+    def regroup(t: Tensor) -> Tensor:
+        return t.expand(*leading, *t.shape[-2:]).reshape(*wanted, *t.shape[-2:])
+
+    query, key = (move(regroup, x) for x in factors[:2])
+    return Factors(query, key, apply(regroup, factors.noise))
 
 
 def _register_move(operations: tuple[Callable[..., Any], ...]) -> None:

@@ -88,7 +88,7 @@ def multi_head_attention_forward(
     q, k, v = heads(q), heads(k), heads(v)
     if approximation.scores == "at_mean":
         q, k = Moments(q.mean), Moments(k.mean)
-    mixed = attend(q, k, v, scores_mask, causal, None)
+    mixed = attend(q, k, v, None if scores_mask is None else Moments(scores_mask), causal, None)
     mixed = move(lambda t: t.transpose(1, 2).reshape(batch, tokens, -1), mixed)
     out = linear(mixed, out_proj_weight, out_proj_bias, approximation=approximation)
     out = move(Tensor.transpose, out, 0, 1) if batched else move(Tensor.squeeze, out, 0)

@@ -86,7 +86,10 @@ def where(condition: Any, input: Any, other: Any, *, out: None = None) -> Moment
     if isinstance(condition, Moments):
         msg = "no Gaussian rule for torch.where with a random condition"
         raise UnsupportedOp(msg)
-    return fieldwise(lambda x, y: torch.where(condition, x, y), input, other)
+    result = fieldwise(lambda x, y: torch.where(condition, x, y), input, other)
+    scores = [x for x in (input, other) if isinstance(x, Moments)]
+    kept = len(scores) == 1 and result.mean.shape == scores[0].mean.shape  # scores of attention, masked
+    return replace(result, factors=scores[0].factors) if kept else result
 
 
 @rule(torch.masked_fill, Tensor.masked_fill, knows_shared=True)
@@ -96,7 +99,7 @@ def masked_fill(input: Any, mask: Tensor, value: Any) -> Moments:
     if isinstance(value, Moments):
         return where(mask, value, x)
     filled = carry(x.mean.masked_fill(mask, value), lambda t: t.expand_as(x.mean).masked_fill(mask, 0), x)
-    return replace(filled, scores=x.scores)
+    return replace(filled, scores=x.scores, factors=x.factors)
 
 
 @rule(F.pad, knows_shared=True)
