@@ -52,20 +52,37 @@ def test_docstrings_link_to_headings_that_exist():
 
 def test_the_readme_table_is_the_result_file():
     """`make benchmark-demo` wrote both; a number typed by hand would differ."""
-    import importlib.util
     import json
-    import sys
 
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        spec = importlib.util.spec_from_file_location("readme", ROOT / "benchmarks" / "readme.py")
-        readme = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(readme)
-    finally:
-        sys.path.pop(0)
+    import readme
+
     result = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text(encoding="utf-8"))
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert readme.with_table(text, readme.demo_table(result)) == text
+
+
+def test_shares_of_a_gap_are_of_means_over_seeds_with_their_jackknife_error():
+    from readme import shares_closed
+
+    def runs(*aurcs):
+        names = ("map", "one", "mc")
+        return [
+            {
+                "predictors": [
+                    {"predictor": n, "scores": {"aurc": {"value": v}}} for n, v in zip(names, row, strict=True)
+                ]
+            }
+            for row in aurcs
+        ]
+
+    shares = shares_closed(runs((5, 4, 3), (6, 4, 3), (7, 4, 4)))  # gains 1, 2, 3 of gaps 2, 3, 3
+    left_out = [5 / 6, 4 / 5, 3 / 5]
+    middle = sum(left_out) / 3
+    error = (2 / 3 * sum((share - middle) ** 2 for share in left_out)) ** 0.5
+    assert shares["one"] == pytest.approx((6 / 8, error))
+    assert shares["mc"] == pytest.approx((1, 0))
+    assert set(shares_closed(runs((5, 4, 3), (5, 4, 6), (5, 4, 5))).values()) == {None}  # gaps 2, -1, 0
+    assert set(shares_closed(runs((5, 4, 3))).values()) == {None}
 
 
 def test_the_coverage_page_is_made_from_the_registry_and_the_result_file():
