@@ -7,6 +7,7 @@ and so do attributes that would hand out the mean alone: variance is never dropp
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -36,49 +37,6 @@ def _metadata() -> frozenset[Callable[..., Any]]:
 METADATA = _metadata()
 
 
-# The tensors of a `Moments` as attributes, in the order of `_fields`.
-NAMES = tuple(
-    f"gaussian_{name}"
-    for name in (
-        *("mean", "var", "shared", "scores_var", "scores_shared", "source_var", "source_weight", "source_gain"),
-        *(f"{factor}_{field}" for factor in ("query", "key") for field in ("mean", "var", "shared")),
-        "factors_noise",
-    )
-)
-
-
-def _fields(x: Moments) -> tuple[Tensor | None, ...]:
-    """Every tensor of the moments, as `NAMES` has them."""
-    factors: tuple[Tensor | None, ...] = (None,) * 7
-    if x.factors is not None:
-        q, k, noise = x.factors
-        factors = (q.mean, q.var, q.shared, k.mean, k.var, k.shared, noise)
-    return (x.mean, x.var, x.shared, *(x.scores or (None, None)), *(x.source or (None, None, None)), *factors)
-
-
-def _moments(*fields: Tensor | None) -> Moments:
-    """The reverse of `_fields`."""
-    (mean, var, shared, noise, common, of_input, weight, gain, *factors) = fields
-    assert mean is not None
-    return Moments(
-        mean,
-        var,
-        shared,
-        None if noise is None else ScoreNoise(noise, common),
-        None if of_input is None or weight is None else Source(of_input, weight, gain),
-        _factors(*factors),
-    )
-
-
-def _factors(
-    query: Tensor | None, query_var: Tensor | None, query_shared: Tensor | None,
-    key: Tensor | None, key_var: Tensor | None, key_shared: Tensor | None, noise: Tensor | None,
-) -> Factors | None:  # fmt: skip
-    if query is None or key is None:
-        return None
-    return Factors(Moments(query, query_var, query_shared), Moments(key, key_var, key_shared), noise)
-
-
 class Memory:
     """What views of one tensor share: how often an in-place operation changed it."""
 
@@ -91,8 +49,22 @@ Found = list[tuple["GaussianTensor", Moments]]
 class GaussianTensor(Tensor):
     """One `Moments` seen as a tensor, with the approximation of the propagation it belongs to."""
 
-    # Every field is an attribute of its own, named in NAMES, because that is what torch.compile can trace.
+    # Every field is an attribute of its own because that is what torch.compile can trace; NAMES has them all.
     gaussian_mean: Tensor
+    gaussian_var: Tensor | None
+    gaussian_shared: Tensor | None
+    gaussian_scores_var: Tensor | None = None
+    gaussian_scores_shared: Tensor | None = None
+    gaussian_source_var: Tensor | None = None
+    gaussian_source_weight: Tensor | None = None
+    gaussian_source_gain: Tensor | None = None
+    gaussian_query_mean: Tensor | None = None
+    gaussian_query_var: Tensor | None = None
+    gaussian_query_shared: Tensor | None = None
+    gaussian_key_mean: Tensor | None = None
+    gaussian_key_var: Tensor | None = None
+    gaussian_key_shared: Tensor | None = None
+    gaussian_further: Tensor | None = None
     approximation: Approximation
     memory: "Memory | None"
     seen: int
@@ -105,8 +77,7 @@ class GaussianTensor(Tensor):
             cls, mean.shape, strides=mean.stride(), dtype=mean.dtype, device=mean.device, layout=mean.layout
         )
         wrapper.approximation, wrapper.memory, wrapper.seen = approximation, None, 0
-        for name, field in zip(NAMES, _fields(moments), strict=True):
-            setattr(wrapper, name, field)
+        _put(wrapper, moments)
         return wrapper
 
     def __init__(self, moments: Moments, approximation: Approximation) -> None:  # noqa: ARG002  see __new__
@@ -114,8 +85,9 @@ class GaussianTensor(Tensor):
 
     def store(self, moments: Moments) -> None:
         """Take new moments, as an in-place operation does; views of the same memory become stale."""
-        for name, field in zip(NAMES, _fields(moments), strict=True):
-            setattr(self, name, field)
+        for name in NAMES:
+            setattr(self, name, None)
+        _put(self, moments)
         if self.memory is not None:
             self.memory.version += 1
             self.seen = self.memory.version
@@ -162,7 +134,38 @@ class GaussianTensor(Tensor):
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], context: Approximation, size: Any, stride: Any) -> Any:
-        return GaussianTensor(_moments(*(inner.get(name) for name in NAMES)), context)
+        found = {name: inner.get(name) for name in NAMES}
+        return GaussianTensor(_taken(SimpleNamespace(**found)), context)
+
+
+NAMES = tuple(name for name in GaussianTensor.__annotations__ if name.startswith("gaussian_"))
+
+
+def _put(tensor: GaussianTensor, moments: Moments) -> None:
+    """Every tensor of the moments as an attribute; those of what only some operations look at where they are there."""
+    tensor.gaussian_mean, tensor.gaussian_var, tensor.gaussian_shared = moments.mean, moments.var, moments.shared
+    if moments.scores is not None:
+        tensor.gaussian_scores_var, tensor.gaussian_scores_shared = moments.scores
+    if moments.source is not None:
+        tensor.gaussian_source_var, tensor.gaussian_source_weight, tensor.gaussian_source_gain = moments.source
+    if moments.factors is not None:
+        q, k, tensor.gaussian_further = moments.factors
+        tensor.gaussian_query_mean, tensor.gaussian_query_var, tensor.gaussian_query_shared = q.mean, q.var, q.shared
+        tensor.gaussian_key_mean, tensor.gaussian_key_var, tensor.gaussian_key_shared = k.mean, k.var, k.shared
+
+
+def _taken(holder: Any) -> Moments:
+    """The reverse of `_put`, from anything with these attributes."""
+    scores = source = factors = None
+    if holder.gaussian_scores_var is not None:
+        scores = ScoreNoise(holder.gaussian_scores_var, holder.gaussian_scores_shared)
+    if holder.gaussian_source_var is not None:
+        source = Source(holder.gaussian_source_var, holder.gaussian_source_weight, holder.gaussian_source_gain)
+    if holder.gaussian_query_mean is not None:
+        q = Moments(holder.gaussian_query_mean, holder.gaussian_query_var, holder.gaussian_query_shared)
+        k = Moments(holder.gaussian_key_mean, holder.gaussian_key_var, holder.gaussian_key_shared)
+        factors = Factors(q, k, holder.gaussian_further)
+    return Moments(holder.gaussian_mean, holder.gaussian_var, holder.gaussian_shared, scores, source, factors)
 
 
 def _share_memory(source: GaussianTensor, views: Any) -> None:
@@ -182,7 +185,7 @@ def _see_own_view(target: Any, value: Any) -> None:
 
 def read(tensor: GaussianTensor) -> Moments:
     """The moments that a Gaussian tensor stands for."""
-    return _moments(*(getattr(tensor, name) for name in NAMES))
+    return _taken(tensor)
 
 
 def unwrap(value: Any, found: Found, sources: bool = False) -> Any:

@@ -78,9 +78,9 @@ class Moments:
             written out and the fused call agree. Everything else reads `var`.
         source: on the output of a linear map and of an activation of it only: what it was made
             from, for the covariance of gated products. Any other operation leaves it behind.
-        factors: on the product of two random tensors only: what it was multiplied from. Scaling,
-            masking, casts and reshapes of leading axes keep it and the softmax that follows
-            consumes it, for the same agreement. Any other operation leaves it behind.
+        factors: on the batched product of two random tensors only: what it was multiplied from.
+            Scaling, masking, sums, casts and reshapes of leading axes keep it and the softmax that
+            follows consumes it, for the same agreement. Any other operation leaves it behind.
 
     Source: core decision 1.
     """
@@ -205,8 +205,14 @@ def shifted(x: Moments, y: "Moments | Tensor", alpha: float = 1) -> Moments:
     result, y = add(x, y, alpha), as_moments(y)
     if x.factors is None or y.factors is not None or result.mean.shape != x.mean.shape:
         return result
-    noise = total(x.factors.noise, apply(lambda v: v * alpha**2, y.var))
-    return replace(result, factors=x.factors._replace(noise=noise))
+    return replace(result, factors=x.factors._replace(noise=total(x.factors.noise, key_noise(y.var, x.mean, alpha))))
+
+
+def key_noise(variance: Tensor | None, scores: Tensor, alpha: float = 1) -> Tensor | None:
+    """The variance of what is added to scores; none where it is the same at all keys, which softmax does not see."""
+    if variance is None or variance.dim() == 0 or variance.shape[-1] < scores.shape[-1]:
+        return None
+    return (variance if abs(alpha) == 1 else variance * alpha**2).expand_as(scores)
 
 
 def bilinear(operation: Callable[[Tensor, Tensor], Tensor], a: "Moments | Tensor", b: "Moments | Tensor") -> Moments:

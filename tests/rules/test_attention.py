@@ -9,7 +9,7 @@ from torch.func import jacrev
 from torch.nn import functional as F
 
 import bayespass.rules  # noqa: F401  registers every rule
-from bayespass.approximation import CVP, FAITHFUL
+from bayespass.approximation import CVP, FAITHFUL, SHARED
 from bayespass.moments import Moments
 from bayespass.rules import attention
 from bayespass.testing import check_rule
@@ -126,6 +126,9 @@ SCORES = {  # how networks write scale and mask
     "chosen": lambda scores, mask: torch.where(mask == 0, scores.mul(0.5), torch.full_like(mask, -torch.inf)),
     "windows": lambda scores, mask: (scores.view(1, 2, 3, 5, 5) / 2 + mask).view(-1, 3, 5, 5).contiguous(),
     "in place": in_place,
+    "from the mask": lambda scores, mask: mask - (-scores / 2),
+    "times": lambda scores, mask: torch.add(mask, scores.unsqueeze(0).squeeze(0), alpha=0.5),
+    "less the largest": lambda scores, mask: (scores - scores.amax(-1, keepdim=True)) * 0.5 + mask,
     "per head": lambda scores, mask: scores * torch.full((3, 1, 1), 0.5, dtype=torch.float64) + mask,
 }
 
@@ -171,25 +174,107 @@ def test_a_random_bias_of_the_scores_is_noise_of_the_keys():
     assert (found.var / var).log().abs().mean() < 0.15
 
 
-def test_probabilities_of_scores_vary_about_the_average_score_of_their_query():
+@pytest.mark.parametrize(
+    "equation", ["bhid,bhjd->bhij", "...id,...jd->...ij", "b h j d, b h i d -> b h i j", "bhid,bhjd->hbij"]
+)
+def test_scores_by_einsum_know_their_queries_and_keys(equation):
+    q, k, v = tensors(14, (2, 3, 5, 4), (2, 3, 6, 4), (2, 3, 6, 2))
+    noisy = [Moments(t, torch.rand_like(t) / 4) for t in (q, k, v)]
+
+    def written(q, k, v):
+        first, second = (k, q) if equation.startswith("b h j") else (q, k)
+        weights = (torch.einsum(equation, first, second) / 2).softmax(-1)
+        return (weights.transpose(0, 1) if equation.endswith("hbij") else weights) @ v
+
+    found, fused = through_dispatch(written, noisy, {}, FAITHFUL), attended(*noisy, scale=0.5)
+    torch.testing.assert_close(found.mean, fused.mean)
+    torch.testing.assert_close(found.var, fused.var)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("widen", [lambda s: s, torch.Tensor.float], ids=["half", "single"])
+def test_attention_written_out_in_half_precision(dtype, widen):
+    q, k, v = tensors(15, (2, 3, 5, 4), (2, 3, 6, 4), (2, 3, 6, 2), dtype=torch.float32)
+    noisy = [Moments(t, torch.full_like(t, 0.05)) for t in (q, k, v)]
+
+    def written(q, k, v):
+        return torch.softmax(widen(q @ k.mT / 2), -1).to(v.dtype) @ v
+
+    exact = through_dispatch(written, noisy, {}, FAITHFUL)
+    half = through_dispatch(written, [Moments(x.mean.to(dtype), x.var.to(dtype)) for x in noisy], {}, FAITHFUL)
+    assert half.mean.dtype == dtype
+    torch.testing.assert_close(half.mean.float(), exact.mean, rtol=0.05, atol=0.02)
+    torch.testing.assert_close(half.var.float(), exact.var, rtol=0.1, atol=1e-3)
+
+
+def drawn(function, inputs, seed, count=4000):
+    """Mean and variance of a function of independent Gaussian tensors, plain ones among them."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(x):
+        if isinstance(x, torch.Tensor):
+            return x
+        return x.mean + x.var.sqrt() * torch.randn(x.mean.shape, generator=generator, dtype=x.mean.dtype)
+
+    draws = torch.stack([function(*(draw(x) for x in inputs)) for _ in range(count)])
+    return draws.mean(0), draws.var(0)
+
+
+PROBABILITIES = {
+    "attention": (lambda q, k: torch.softmax(q @ k.mT / math.sqrt(8), -1), (2, 4, 8), (2, 6, 8), 0.05, 0.02),
+    "router": (lambda x, w: torch.softmax(torch.bmm(x, w), -1), (2, 6, 8), (2, 8, 4), 0.02, 0.02),
+    "two experts": (lambda x, w: torch.softmax(torch.bmm(x, w), -1), (2, 6, 8), (2, 8, 2), 0.02, 0.02),
+    "known input": (lambda x, w: torch.softmax(torch.bmm(x, w), -1), (2, 6, 8), (2, 8, 4), None, 0.02),
+    "filled": (
+        lambda q, k: torch.softmax((q @ k.mT / math.sqrt(8)).masked_fill(torch.eye(4, 6) > 0, 1.5), -1),
+        (2, 4, 8), (2, 6, 8), 0.05, 0.05,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PROBABILITIES)
+def test_probabilities_of_scores_vary_about_the_average_score_of_their_query(case):
     """What other readers of the softmax see, against draws; noise that is common to all keys is not in it."""
-    q, k = tensors(13, (2, 4, 8), (2, 6, 8))
-    noisy = [Moments(q, torch.full_like(q, 0.05)), Moments(k, torch.full_like(k, 0.02))]
-    found = through_dispatch(lambda q, k: torch.softmax(q @ k.mT / math.sqrt(8), -1), noisy, {}, FAITHFUL)
-    generator = torch.Generator().manual_seed(1)
-    draws = torch.stack(
-        [
-            torch.softmax(
-                (q + 0.05**0.5 * torch.randn(q.shape, generator=generator, dtype=q.dtype))
-                @ (k + 0.02**0.5 * torch.randn(k.shape, generator=generator, dtype=k.dtype)).mT
-                / math.sqrt(8),
-                -1,
-            )
-            for _ in range(4000)
-        ]
+    function, *shapes, of_first, of_second = PROBABILITIES[case]
+    first, second = tensors(13, *shapes)
+    first = first if of_first is None else Moments(first, torch.full_like(first, of_first))
+    inputs = [first, Moments(second, torch.full_like(second, of_second))]
+    found = through_dispatch(function, inputs, {}, FAITHFUL)
+    mean, var = drawn(function, inputs, 1)
+    counts = var > 1e-3 * var.amax()
+    assert (found.var.sum() / var.sum()).log().abs() < 0.3
+    assert (found.var / var)[counts].log().abs().mean() < 0.3
+    assert ((found.mean - mean) / var.sqrt())[counts].abs().mean() < 0.15
+    assert (found.shared is None) or (found.shared <= found.var).all()
+
+
+def test_scores_that_only_look_like_attention():
+    """One query for all keys, a bias that is the same at all of them, a known matrix that mixes random features."""
+    q, k, v, mixing, bias = tensors(16, (4,), (3, 5, 4), (3, 5, 2), (3, 6, 5), (3, 1, 1))
+    noisy = {name: Moments(t, torch.full_like(t, 0.05)) for name, t in {"q": q, "k": k, "v": v, "bias": bias}.items()}
+
+    def pooled(q, k, v):
+        return (torch.softmax((q @ k.mT).reshape(3, 5), -1).unsqueeze(1) @ v).squeeze(1)
+
+    found = through_dispatch(pooled, [noisy["q"], noisy["k"], noisy["v"]], {}, FAITHFUL)
+    assert found.var.shape == (3, 2)
+
+    def biased(k, v, bias):
+        return torch.softmax(k @ k.mT + bias, -1) @ v
+
+    plain, same = (
+        through_dispatch(lambda k, v, b=b: biased(k, v, b), [noisy["k"], noisy["v"]], {}, FAITHFUL) for b in (0.0, bias)
     )
-    assert (found.var / draws.var(0)).log().abs().mean() < 0.15
-    assert ((found.mean - draws.mean(0)) / draws.std(0)).abs().mean() < 0.05
+    random = through_dispatch(biased, [noisy["k"], noisy["v"], noisy["bias"]], {}, FAITHFUL)
+    for other in (same, random):
+        torch.testing.assert_close(other.mean, plain.mean)
+        torch.testing.assert_close(other.var, plain.var)
+
+    shared = Moments(noisy["v"].mean, noisy["v"].var, 0.9 * noisy["v"].var)
+    mixed = through_dispatch(lambda x: torch.softmax(torch.matmul(mixing, x), -1), (shared,), {}, FAITHFUL)
+    torch.testing.assert_close(
+        mixed.var, through_dispatch(lambda x: torch.softmax(torch.matmul(mixing, x), -1), (shared,), {}, SHARED).var
+    )
 
 
 def test_a_matrix_of_scores_keeps_the_mean_weights_and_adds_their_variance():

@@ -206,7 +206,7 @@ def baddbmm(
     """
     refuse_out(out)
     q, k = as_moments(batch1), as_moments(batch2)
-    product = rescaled(_with_factors(_product(q, k, approximation), q, move(Tensor.transpose, k, -1, -2)), alpha)
+    product = rescaled(_with_factors(_product(q, k, approximation), q, k), alpha)
     return product if beta == 0 else shifted(product, scale(as_moments(input), beta))
 
 
@@ -228,13 +228,14 @@ def matmul(input: Any, other: Any, *, out: None = None, approximation: Approxima
     if isinstance(input, Moments) and input.scores is not None:
         return weighted_values(input.mean, as_moments(other), score_noise(input, approximation))
     a, b = as_moments(input), as_moments(plain_weight(other))
-    result = _product(a, b, approximation)
-    return _with_factors(result, a, move(Tensor.transpose, b, -1, -2)) if b.mean.dim() > 2 else result
+    return _with_factors(_product(a, b, approximation), a, b)
 
 
-def _with_factors(product: Moments, query: Moments, key: Moments) -> Moments:
-    """The product, which remembers (..., T, E) and (..., S, E): it may be scores of attention."""
-    return replace(product, factors=Factors(query, key))
+def _with_factors(product: Moments, a: Moments, b: Moments) -> Moments:
+    """A b, which remembers both where it may be scores of attention: batched, and both random."""
+    if a.var is None or b.var is None or a.mean.dim() < 2 or b.mean.dim() < 3:
+        return product
+    return replace(product, factors=Factors(Moments(a.mean, a.var, a.shared), move(Tensor.transpose, b, -1, -2)))
 
 
 def _product(a: Moments, b: Moments, approximation: Approximation) -> Moments:
@@ -327,24 +328,33 @@ def einsum(equation: str, *operands: Any, approximation: Approximation) -> Momen
     a, b = random
     second = bilinear(lambda s, t: contracted(s, t, squared=True), a, b)
     result = Moments(contracted(a.mean, b.mean, squared=False), second.var, second.shared)
-    axes = _axes_of_scores(equation) if len(operands) == 2 else None
-    if axes is None:
+    if len(operands) > 2:
         return result
-    return _with_factors(result, *(move(Tensor.permute, x, order) for x, order in zip(random, axes, strict=True)))
+    for query, key, terms in ((a, b, (0, 1)), (b, a, (1, 0))):
+        orders = _orders_of_factors(equation, *terms)
+        if orders is not None and min(query.mean.dim(), key.mean.dim()) > 2:
+            query, key = (_with_last_axes(x, order) for x, order in zip((query, key), orders, strict=True))
+            return _with_factors(result, query, move(Tensor.transpose, key, -1, -2))
+    return result
 
 
-def _axes_of_scores(equation: str) -> tuple[list[int], list[int]] | None:
-    """Orders of axes that give (..., T, E) and (..., S, E), where the equation multiplies queries and keys."""
-    inputs, arrow, output = equation.replace(" ", "").partition("->")
-    first, second = inputs.split(",")
-    summed = set(first) & set(second) - set(output)
-    if not arrow or "." in equation or len(output) < 3 or len(summed) != 1:
+def _orders_of_factors(equation: str, first: int, second: int) -> tuple[list[int], list[int]] | None:
+    """Orders of two terms' axes that give (..., T, E) and (..., S, E), if the equation multiplies queries and keys."""
+    inputs, arrow, output = equation.replace(" ", "").replace("...", "").partition("->")
+    query, key = (inputs.split(",")[place] for place in (first, second))
+    summed = set(query) & set(key) - set(output)
+    if not arrow or len(output) < 2 or len(summed) != 1:
         return None
-    (*leading, query, key), feature = output, summed.pop()
-    terms = [*leading, query, feature], [*leading, key, feature]
-    if any(sorted(term) != sorted(wanted) for term, wanted in zip((first, second), terms, strict=True)):
+    wanted = [*output[:-1], *summed], [*output[:-2], output[-1], *summed]
+    if any(sorted(term) != sorted(axes) for term, axes in zip((query, key), wanted, strict=True)):
         return None
-    return [first.index(axis) for axis in terms[0]], [second.index(axis) for axis in terms[1]]
+    return [query.index(axis) for axis in wanted[0]], [key.index(axis) for axis in wanted[1]]
+
+
+def _with_last_axes(x: Moments, order: list[int]) -> Moments:
+    """The last axes in this order; those before them are what an ellipsis stands for."""
+    leading = x.mean.dim() - len(order)
+    return move(Tensor.permute, x, [*range(leading), *(leading + place for place in order)])
 
 
 def _with_one_known_operand(equation: str, operands: list[Any], place: int) -> tuple[str, list[Any], list[int]]:

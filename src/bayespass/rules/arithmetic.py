@@ -48,7 +48,7 @@ def addition(
         return scale(input, 1 + alpha)
     x, y = as_moments(_tensor_like(input, other)), as_moments(_tensor_like(other, input))
     x, y = broadcast_noise(x, y.mean, approximation), broadcast_noise(y, x.mean, approximation)
-    return shifted(x, y, alpha) if y.factors is None or alpha != 1 else shifted(y, x)
+    return shifted(x, y, alpha) if y.factors is None else shifted(rescaled(y, alpha), x)
 
 
 @rule(torch.sub, torch.subtract, Tensor.sub, Tensor.subtract, Tensor.__sub__, knows_shared=True)
@@ -68,7 +68,7 @@ def reflected_subtraction(input: Any, other: Any, *, alpha: float = 1, approxima
 @rule(torch.neg, torch.negative, Tensor.neg, Tensor.negative, Tensor.__neg__, knows_shared=True)
 def negation(input: Moments) -> Moments:
     """-x: variance unchanged. Exact."""
-    return scale(input, -1)
+    return rescaled(input, -1)
 
 
 @rule(torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__, knows_shared=True)

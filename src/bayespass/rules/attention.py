@@ -35,7 +35,7 @@ from torch.nn import functional as F
 
 from bayespass.approximation import Approximation
 from bayespass.errors import UnsupportedOp
-from bayespass.moments import Moments, ScoreNoise, apply, as_moments, average, carry, cast, move, total
+from bayespass.moments import Factors, Moments, ScoreNoise, apply, as_moments, average, carry, cast, move, total
 from bayespass.rules.registry import Accuracy, refuse_out, rule
 
 LARGEST_SHIFT = 2.0  # of a second-order mean, in nats: beyond it the expansion means nothing
@@ -56,8 +56,7 @@ def softmax(
     """
     x = input if dtype is None else cast(input, dtype)
     if x.factors is not None and approximation.scores == "random" and dim in (-1, x.mean.dim() - 1):
-        p, noise = _noisy_weights(x.mean, x.factors.query, x.factors.key, 1.0, x.factors.noise)
-        return _as_probabilities(p, noise)
+        return _softmax_of_products(x, x.factors)
     p = torch.softmax(x.mean, dim)
     p2 = p.square()
 
@@ -68,11 +67,31 @@ def softmax(
     return Moments(p, apply(spread, x.var), apply(lambda s: spread(s.expand_as(p)), x.shared), scores)
 
 
-def _as_probabilities(p: Tensor, noise: ScoreNoise | None) -> Moments:
-    """Attention weights whose scores vary about the average score of their query: v = p^2 tau."""
+def _softmax_of_products(x: Moments, factors: Factors) -> Moments:
+    """Attention weights from scores that know their queries and keys: v = p^2 Var(s - sum_l p_l s_l)."""
+    wide = x.mean.float() if x.mean.dtype in (torch.float16, torch.bfloat16) else x.mean
+
+    def fitting(y: Moments) -> Moments:
+        return move(Tensor.to, y, wide.device, wide.dtype)
+
+    query, key = fitting(factors.query), fitting(factors.key)
+    further = apply(lambda t: t.to(wide.device, wide.dtype), factors.noise)
+    written_over = None if x.var is None else x.var.expand_as(x.mean) == 0  # by a mask: they vary no more
+    p, of_query, of_key, common = _noisy_weights(wide, query, key, 1.0, further, written_over)
+    noise = _score_noise(of_query, of_key, common)
     if noise is None:
-        return Moments(p)
-    return Moments(p, p.square() * noise.var, apply(lambda s: p.square() * s, noise.shared), noise)
+        return Moments(p.to(x.mean.dtype))
+    square, around = p.square(), noise.var
+    if of_key is not None:  # taken around the average of the query, as that of the query is
+        around = around - 2 * p * of_key + (square * of_key).sum(-1, keepdim=True)
+    var = torch.minimum(square * around.clamp(min=0), p - square)  # a probability varies by p (1 - p) at most
+    shared = apply(lambda t: torch.minimum(square * t, var), common)
+    return cast(Moments(p, var, shared, noise), x.mean.dtype)
+
+
+def _score_noise(of_query: Tensor | None, of_key: Tensor | None, common: Tensor | None) -> ScoreNoise | None:
+    noise = total(of_query, of_key)
+    return None if noise is None else ScoreNoise(noise, common)
 
 
 @rule(F.softmin, accuracy=Accuracy(0.4, 0.4), knows_shared=True)
@@ -201,6 +220,8 @@ def scaled_dot_product_attention(
         raise UnsupportedOp(msg)
     q, k, values = as_moments(query), as_moments(key), as_moments(value)
     mask = None if attn_mask is None else as_moments(attn_mask)
+    if mask is not None and mask.var is not None and mask.var.shape[-1] < k.mean.shape[-2]:
+        mask = Moments(mask.mean)  # the same at all keys, which softmax does not see
     if approximation.scores == "at_mean":
         q, k, mask = Moments(q.mean), Moments(k.mean), None if mask is None else Moments(mask.mean)
     if q.var is None and k.var is None and values.var is None and (mask is None or mask.var is None):
@@ -247,8 +268,8 @@ def attend(
         seen = None if mask is None else of_part(mask.mean)
         scores = masked_scores(part.mean, k.mean, seen, start if is_causal else None, factor)
         known = None if mask is None else apply(of_part, mask.var)
-        p, noise = _noisy_weights(scores, part, k, factor, known)
-        parts.append(weighted_values(p, values, noise))
+        p, *noise = _noisy_weights(scores, part, k, factor, known)
+        parts.append(weighted_values(p, values, _score_noise(*noise)))
     return cast(parts[0] if len(parts) == 1 else _joined(parts), dtype)
 
 
@@ -263,9 +284,14 @@ def _joined(parts: list[Moments]) -> Moments:
 
 
 def _noisy_weights(
-    scores: Tensor, q: Moments, k: Moments, scale: float, further: Tensor | None = None
-) -> tuple[Tensor, ScoreNoise | None]:
-    """Attention weights softmax(s + tau / 2) and the noise tau of their scores, `None` where they have none.
+    scores: Tensor,
+    q: Moments,
+    k: Moments,
+    scale: float,
+    further: Tensor | None = None,
+    known: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Attention weights softmax(s + tau / 2), and tau: of the query, of the keys, and what queries share of it.
 
     Args:
         scores: (..., T, S) at the mean, masked.
@@ -273,25 +299,23 @@ def _noisy_weights(
         k: (..., S, E).
         scale: factor of the scores.
         further: (..., T, S) variance of what was added to the scores, independent from key to key.
+        known: (..., T, S) scores that do not vary.
     """
-    if scores.dtype in (torch.float16, torch.bfloat16):
-        p, noise = _noisy_weights(scores.float(), cast(q, torch.float32), cast(k, torch.float32), scale, further)
-        return p.to(scores.dtype), noise
     p = weights_of(scores)
     of_query, of_key = _centred_noise(q, k, p, scale)
     of_key = total(of_key, further)
-    if of_query is None and of_key is None:
-        return p, None
+    if known is not None:
+        varies = ~known
+        of_query, of_key = (apply(lambda t: torch.where(varies, t, 0.0), t) for t in (of_query, of_key))
     shift = total(of_query, None if of_key is None else of_key * (1 - 2 * p))
-    noise = total(of_query, of_key)
-    assert shift is not None
-    assert noise is not None
+    if shift is None:
+        return p, None, None, None
     p = weights_of(scores + (shift / 2).clamp(max=LARGEST_SHIFT))
     if of_query is None or q.shared is None or q.var is None:
-        return p, ScoreNoise(noise)
+        return p, of_query, of_key, None
     # What queries share moves the outputs of all positions: the same part of what the query's noise adds.
     part = q.shared.sum(-1, keepdim=True) / q.var.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
-    return p, ScoreNoise(noise, of_query * part)
+    return p, of_query, of_key, of_query * part
 
 
 def _centred_noise(q: Moments, k: Moments, p: Tensor, scale: float) -> tuple[Tensor | None, Tensor | None]:

@@ -74,10 +74,13 @@ def split_with_sources(x: Moments, function: Callable[..., Any], *args: Any, **k
 
 
 CASTS = {
-    Tensor.contiguous, Tensor.clone, Tensor.detach, Tensor.to, Tensor.type, Tensor.type_as, Tensor.float, Tensor.double,
+    Tensor.contiguous, Tensor.clone, Tensor.to, Tensor.type, Tensor.type_as, Tensor.float, Tensor.double,
     Tensor.half, Tensor.bfloat16,
 }  # fmt: skip
-RESHAPES = {Tensor.reshape, Tensor.view, Tensor.view_as, Tensor.reshape_as, Tensor.flatten, Tensor.unflatten}
+RESHAPES = {
+    Tensor.reshape, Tensor.view, Tensor.view_as, Tensor.reshape_as, Tensor.flatten, Tensor.unflatten, Tensor.squeeze,
+    Tensor.unsqueeze,
+}  # fmt: skip
 
 
 def _moved(x: Moments, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -99,7 +99,7 @@ def masked_fill(input: Any, mask: Tensor, value: Any) -> Moments:
     if isinstance(value, Moments):
         return where(mask, value, x)
     filled = carry(x.mean.masked_fill(mask, value), lambda t: t.expand_as(x.mean).masked_fill(mask, 0), x)
-    return replace(filled, scores=x.scores, factors=x.factors)
+    return replace(filled, scores=x.scores, factors=x.factors if filled.mean.shape == x.mean.shape else None)
 
 
 @rule(F.pad, knows_shared=True)
