@@ -56,12 +56,12 @@ def main() -> None:
     if pictured is not None:
         save_png(picture(pictured), ROOT / "docs" / "images" / "demo.png")
     for name, value in summary.items():
-        console.print(f"{name:40s} {'null' if value is None else f'{value:.3f}'}")
+        console.print(f"{name:40s} {value:.3f}")
 
 
-def summarise(table: list[dict]) -> dict[str, float | None]:
-    """Over the seeds of a network: every predictor's share of the gap closed, its cost and its KL to Monte Carlo."""
-    summary: dict[str, float | None] = {}
+def summarise(table: list[dict]) -> dict[str, float]:
+    """Over the seeds of a network: every predictor's share of the gap, where there is one, its cost and its KL."""
+    summary: dict[str, float] = {}
     for key in NETWORKS:
         runs = [run for run in table if run["network"] == key]
         shares = shares_closed(runs)
@@ -69,9 +69,8 @@ def summarise(table: list[dict]) -> dict[str, float | None]:
         for predictor in SUMMARISED:
             assert predictor in PREDICTORS
             rows = [row for run in runs for row in run["predictors"] if row["predictor"] == predictor]
-            share, error = shares[predictor] or (None, None)
-            summary[f"{key}.{predictor}.aurc_gap_closed"] = share
-            summary[f"{key}.{predictor}.aurc_gap_closed_se"] = error
+            if (share := shares[predictor]) is not None:
+                summary[f"{key}.{predictor}.aurc_gap_closed"], summary[f"{key}.{predictor}.aurc_gap_closed_se"] = share
             summary[f"{key}.{predictor}.cost_ratio"] = statistics.mean(row["cost_ratio"] for row in rows)
             summary[f"{key}.{predictor}.kl_to_mc"] = statistics.mean(row["agreement"]["kl"] for row in rows)
     return summary
