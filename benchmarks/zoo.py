@@ -232,10 +232,10 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
-    chosen = [e for e in ZOO if not arguments.only or any(text.lower() in e.name.lower() for text in arguments.only)]
+    wanted = [] if arguments.trained_only else ZOO
+    chosen = [e for e in wanted if not arguments.only or any(text.lower() in e.name.lower() for text in arguments.only)]
     console = Console()
     table = kept_rows() if arguments.trained_only else []
-    chosen = [] if arguments.trained_only else chosen
     for entry in track(chosen, "zoo", show=sys.stderr.isatty(), total=len(chosen)):
         found = row(entry, arguments.samples)
         table.append(found)

@@ -135,7 +135,7 @@ class GaussianTensor(Tensor):
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], context: Approximation, size: Any, stride: Any) -> Any:
         found = {name: inner.get(name) for name in NAMES}
-        return GaussianTensor(_taken(SimpleNamespace(**found)), context)
+        return GaussianTensor(read(SimpleNamespace(**found)), context)
 
 
 NAMES = tuple(name for name in GaussianTensor.__annotations__ if name.startswith("gaussian_"))
@@ -154,8 +154,8 @@ def _put(tensor: GaussianTensor, moments: Moments) -> None:
         tensor.gaussian_key_mean, tensor.gaussian_key_var, tensor.gaussian_key_shared = k.mean, k.var, k.shared
 
 
-def _taken(holder: Any) -> Moments:
-    """The reverse of `_put`, from anything with these attributes."""
+def read(holder: Any) -> Moments:
+    """The moments that a Gaussian tensor, or anything else with its attributes, stands for: the reverse of `_put`."""
     scores = source = factors = None
     if holder.gaussian_scores_var is not None:
         scores = ScoreNoise(holder.gaussian_scores_var, holder.gaussian_scores_shared)
@@ -181,11 +181,6 @@ def _see_own_view(target: Any, value: Any) -> None:
     own = isinstance(target, GaussianTensor) and isinstance(value, GaussianTensor) and value.memory is target.memory
     if own and target.memory is not None and value.seen == target.memory.version == target.seen + 1:
         target.seen = target.memory.version
-
-
-def read(tensor: GaussianTensor) -> Moments:
-    """The moments that a Gaussian tensor stands for."""
-    return _taken(tensor)
 
 
 def unwrap(value: Any, found: Found, sources: bool = False) -> Any:

@@ -281,7 +281,7 @@ class _Gap:
 
     def closed(self, predictions: list[Prediction]) -> tuple[float, float]:
         """Mean share of the gap that the predictions close, and its standard error over rows; NaN without a gap."""
-        if not self.interval[0] > 0:
+        if not self.interval[0] > 0:  # `Comparison.averaging_helps`
             return math.nan, math.nan
         each = [self._losses(prediction) for prediction in predictions]
 
